@@ -1,0 +1,34 @@
+"""The epsilon of Gated DeltaNet's key and query normalization.
+
+transformers normalizes with x · rsqrt(Σx² + 1e-6); mobius divides by √Σx², which is NaN for a head whose
+activations are all zero and differs where they are small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import tape
+
+from zreward.export.irtools import add_initializer, input_of
+
+EPSILON = 1e-6  # transformers.models.qwen3_5.modeling_qwen3_5.l2norm
+
+
+def add_delta_norm_epsilon(model: ir.Model) -> int:
+    """Insert `+ 1e-6` between each ReduceSumSquare and its Sqrt."""
+    roots = [node for node in model.graph if node.op_type == "Sqrt" and _is_sum_of_squares(input_of(node, 0))]
+    if not roots:
+        return 0
+    epsilon = add_initializer(model.graph, ir.tensor(np.float32(EPSILON), name="zreward.delta_norm_epsilon"))
+    for root in roots:
+        builder = tape.Tape()
+        total = builder.op("Add", [input_of(root, 0), epsilon])
+        model.graph.insert_before(root, builder.nodes)
+        root.replace_input_with(0, total)
+    return len(roots)
+
+
+def _is_sum_of_squares(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "ReduceSumSquare"

@@ -1,0 +1,99 @@
+"""Writing a graph: weights stream into one external-data file, the graph beside it stays small.
+
+Tensors are aligned to 4 KiB, so that a runtime can map each of them, and they are written in graph order.
+Constants below 1 KiB stay inside the graph, where runtimes fold them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from zreward.bundle import EmbeddingInfo
+from zreward.checkpoint import Checkpoint
+from zreward.export.graph import EMBEDDING
+from zreward.export.weights import CheckpointTensor
+
+ByteProgress = Callable[[int], None]
+
+_ALIGNMENT = 4096
+_INLINE_BYTES = 1024
+_EMBEDDING_BLOCK_ROWS = 8192
+_EMBEDDING_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def write_graph(model: ir.Model, path: Path, wrote: ByteProgress) -> None:
+    """Write `model` to `path` and its weights to `path` + `.data`; `wrote` hears of each block's bytes.
+
+    The model is consumed: its initializers point at the written file afterwards.
+    """
+    data_path = path.with_name(path.name + ".data")
+    with data_path.open("wb") as file:
+        for value in list(model.graph.initializers.values()):
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                continue
+            offset = _align(file)
+            blocks = tensor.blocks() if isinstance(tensor, CheckpointTensor) else [tensor.numpy()]
+            length = _write_blocks(file, blocks, wrote)
+            value.const_value = ir.ExternalTensor(
+                data_path.name,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=str(value.name),
+            )
+        _sync(file)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, CheckpointTensor):
+            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
+    proto = ir.serde.serialize_model(model)
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString())
+        _sync(file)
+
+
+def graph_weight_bytes(model: ir.Model) -> int:
+    """Bytes that `write_graph` will report for this model."""
+    sizes = (v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    return sum(size for size in sizes if size >= _INLINE_BYTES)
+
+
+def write_embedding(checkpoint: Checkpoint, path: Path, wrote: ByteProgress) -> EmbeddingInfo:
+    """Write the token embedding as raw rows in the checkpoint's own type, which loses nothing."""
+    info = checkpoint.info(EMBEDDING)
+    with path.open("wb") as file:
+        for start in range(0, info.shape[0], _EMBEDDING_BLOCK_ROWS):
+            block = checkpoint.read_stored(EMBEDDING, start, start + _EMBEDDING_BLOCK_ROWS)
+            _write_blocks(file, [block], wrote)
+        _sync(file)
+    return EmbeddingInfo(path.name, _EMBEDDING_DTYPES[info.dtype], (info.shape[0], info.shape[1]))
+
+
+def _write_blocks(file: BinaryIO, blocks: Iterable[NDArray[Any]], wrote: ByteProgress) -> int:
+    length = 0
+    for block in blocks:
+        data = block.reshape(-1).view(np.uint8).data
+        file.write(data)
+        length += len(data)
+        wrote(len(data))
+    return length
+
+
+def _align(file: BinaryIO) -> int:
+    offset = file.tell()
+    padding = -offset % _ALIGNMENT
+    file.write(b"\0" * padding)
+    return offset + padding
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

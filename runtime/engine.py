@@ -1,0 +1,188 @@
+"""The four stages of a score, each a method: prompt prefix, vision, image prefix, questions.
+
+Everything before the question is shared by the four dimensions, and everything before the image by all
+candidates of a prompt. The decoder therefore runs three times, each time from the states (attention keys
+and values, convolution and DeltaNet states) that the last run left: once over system text and prompt, once
+over the image, and once over the questions of all dimensions as one right-padded batch. Its outputs are
+read at each row's last real position, which padding to the right cannot reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zreward.bundle import Bundle, EmbeddingInfo
+from zreward.errors import BackendError
+from zreward.image import Patches
+from zreward.prompt import Ids, PromptEncoder, image_positions, load_tokenizer, text_positions
+from zreward.runtime.backends import open_session
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What the decoder remembers of the tokens it has read, for a batch of rows.
+
+    Attributes:
+        arrays: state arrays by the name of the decoder input, first axis the rows.
+        length: tokens read so far.
+        position: M-RoPE position of the next text token.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    length: int
+    position: int
+
+    def repeated(self, times: int) -> DecoderState:
+        """Each row `times` times in succession."""
+        arrays = {name: np.repeat(array, times, axis=0) for name, array in self.arrays.items()}
+        return DecoderState(arrays, self.length, self.position)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Probabilities float32 [images, dimensions, bins], and label mass [images, dimensions] if exported."""
+
+    probs: Floats
+    label_mass: Floats | None
+
+
+class Engine:
+    """The graphs of one bundle, run stage by stage. Safe to call from several threads."""
+
+    def __init__(self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.contract = bundle.contract
+        self.encoder = PromptEncoder(bundle.contract, load_tokenizer(bundle.path))
+        graphs = bundle.manifest.graphs
+        self._vision = open_session(bundle.path / graphs["vision"], provider=provider, threads=threads)
+        self._decoder = open_session(bundle.path / graphs["decoder"], provider=provider, threads=threads)
+        self._embedding = _Embedding(bundle)
+        self._questions, self._last_index = self._padded_questions()
+
+    def prompt_state(self, prompt: str) -> DecoderState:
+        """Run system text and prompt: one row.
+
+        Raises:
+            PromptError: the prompt is empty, too long, or contains control tokens.
+        """
+        ids = self.encoder.text_prefix_ids(prompt)
+        start = DecoderState(self._empty_states(), length=0, position=0)
+        return self._advance(start, self._embedding.rows(ids)[None], text_positions(0, len(ids)), len(ids))
+
+    def encode_image(self, patches: Patches) -> Floats:
+        """Run the vision tower: float32 [tokens, hidden]."""
+        inputs: dict[str, NDArray[Any]] = {
+            "pixel_values": patches.pixel_values,
+            "image_grid_thw": np.array([patches.grid_thw], dtype=np.int64),
+        }
+        features: Floats = self._vision.run(["image_features"], inputs)[0]
+        return features
+
+    def image_state(
+        self, prompt: DecoderState, features: Sequence[Floats], grid: tuple[int, int]
+    ) -> DecoderState:
+        """Run images of one size after one prompt: one row per image.
+
+        Args:
+            prompt: state of one row.
+            features: per image, float32 [tokens, hidden].
+            grid: height and width of each image in tokens.
+        """
+        closing = self._embedding.rows(self.encoder.image_span_ids(0))
+        embeddings = np.stack([np.concatenate([f, closing]) for f in features])
+        image, after = image_positions(prompt.position, *grid)
+        positions = np.concatenate([image, text_positions(after, 1)], axis=1)
+        return self._advance(prompt.repeated(len(features)), embeddings, positions, after + 1)
+
+    def answer(self, images: DecoderState) -> Answers:
+        """Ask every dimension of every row of `images`.
+
+        Raises:
+            BackendError: the model gave probabilities that are not finite.
+        """
+        n_dimensions, n_images = len(self.contract.dimensions), _rows(images)
+        state = images.repeated(n_dimensions)
+        embeddings = np.tile(self._questions, (n_images, 1, 1))
+        positions = text_positions(state.position, embeddings.shape[1])
+        names = ["probs", "label_mass"] if self.bundle.manifest.label_mass else ["probs"]
+        inputs = self._inputs(state, embeddings, positions)
+        inputs["last_index"] = np.tile(self._last_index, n_images)
+        inputs["temperature"] = np.tile(np.array(self.contract.temperatures, dtype=np.float32), n_images)
+        outputs = self._decoder.run(names, inputs)
+        probs = outputs[0].reshape(n_images, n_dimensions, -1)
+        mass = outputs[1].reshape(n_images, n_dimensions) if len(outputs) > 1 else None
+        return Answers(probs, mass)
+
+    def _advance(
+        self, state: DecoderState, embeddings: Floats, positions: Ids, next_position: int
+    ) -> DecoderState:
+        """Run `embeddings` [rows, tokens, hidden] at `positions` [3, tokens] and return the new state."""
+        states = self.bundle.manifest.states
+        outputs = self._decoder.run([s.output for s in states], self._inputs(state, embeddings, positions))
+        arrays = {s.input: output for s, output in zip(states, outputs, strict=True)}
+        return DecoderState(arrays, state.length + embeddings.shape[1], next_position)
+
+    def _inputs(self, state: DecoderState, embeddings: Floats, positions: Ids) -> dict[str, NDArray[Any]]:
+        rows, tokens = embeddings.shape[:2]
+        return {
+            "inputs_embeds": embeddings,
+            "attention_mask": np.ones((rows, state.length + tokens), dtype=np.int64),
+            "position_ids": np.repeat(positions[:, None], rows, axis=1),
+            "last_index": np.full(rows, tokens - 1, dtype=np.int64),
+            "temperature": np.ones(rows, dtype=np.float32),
+            **state.arrays,
+        }
+
+    def _empty_states(self) -> dict[str, NDArray[Any]]:
+        sizes = {"batch": 1, "past": 0}
+        return {
+            s.input: np.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], dtype=s.dtype)
+            for s in self.bundle.manifest.states
+        }
+
+    def _padded_questions(self) -> tuple[Floats, NDArray[np.int64]]:
+        """Embeddings of all questions, right-padded by their own last token, and their last positions."""
+        questions = self.encoder.question_ids
+        lengths = np.array([len(ids) for ids in questions], dtype=np.int64)
+        padded = [np.pad(ids, (0, lengths.max() - len(ids)), mode="edge") for ids in questions]
+        return np.stack([self._embedding.rows(ids) for ids in padded]), lengths - 1
+
+
+class _Embedding:
+    """The token embedding as a memory-mapped table: rows are read as they are asked for."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        info: EmbeddingInfo = bundle.manifest.embedding
+        self._is_bfloat16 = info.dtype == "bfloat16"
+        dtype = np.dtype(np.uint16 if self._is_bfloat16 else info.dtype)
+        path = bundle.path / info.file
+        if path.stat().st_size != dtype.itemsize * info.shape[0] * info.shape[1]:
+            raise BackendError(f"{path}: its size does not fit the shape {info.shape} in the manifest")
+        self._table = np.memmap(path, dtype=dtype, mode="r", shape=info.shape)
+
+    def rows(self, ids: Ids) -> Floats:
+        """Embeddings of `ids` [n], float32 [n, hidden].
+
+        Raises:
+            BackendError: an id beyond the table, which means that tokenizer and model do not belong together.
+        """
+        if len(ids) and int(ids.max()) >= len(self._table):
+            raise BackendError(
+                f"token id {int(ids.max())} is beyond the embedding's {len(self._table)} rows; "
+                "the bundle's tokenizer does not belong to its model"
+            )
+        rows = np.asarray(self._table[ids])
+        if self._is_bfloat16:
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32, copy=False)
+
+
+def _rows(state: DecoderState) -> int:
+    return len(next(iter(state.arrays.values())))

@@ -1,0 +1,202 @@
+"""`Scorer`: prompts and images in, four distributions an image out.
+
+It decides what runs together: items of one prompt share the prompt's state (kept for the last few prompts),
+images of one size run as one batch, and a failed item is that item's error and nobody else's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, overload
+
+import numpy as np
+
+from zreward.bundle import Bundle
+from zreward.distribution import DistributionError, ScoreDistribution
+from zreward.errors import BackendError, UsageError, ZrewardError
+from zreward.image import ImageInput, Patches, preprocess
+from zreward.runtime.engine import DecoderState, Engine
+from zreward.runtime.score import Score
+
+_MAX_BATCH = 8  # images decoded together; bounds memory, and larger batches gain nothing on a CPU
+_CACHED_PROMPTS = 4
+
+Pair = tuple[str, ImageInput]
+
+
+class Scorer:
+    """Scores images with one bundle. Safe to share between threads.
+
+    Use `Scorer.open`. As a context manager it releases the graphs at the end.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+        self._prompts: OrderedDict[str, DecoderState] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def open(bundle: str | Path, *, provider: str = "auto", threads: int | None = None) -> Scorer:
+        """Open the bundle directory `bundle`.
+
+        Args:
+            bundle: directory written by `zreward export`.
+            provider: "cpu", or "auto" for the best one that is installed.
+            threads: threads per run; None means one per physical core.
+
+        Raises:
+            BundleError: the bundle is incomplete, altered, or of another version.
+            BackendError: no backend is installed, or it refuses the graphs.
+            UsageError: an unknown provider, or a thread count below one.
+        """
+        return Scorer(Engine(Bundle.open(bundle), provider=provider, threads=threads))
+
+    @property
+    def engine(self) -> Engine:
+        """The stages behind the scores, for benchmarks.
+
+        Raises:
+            UsageError: the scorer is closed.
+        """
+        if self._engine is None:
+            raise UsageError("this Scorer is closed; open the bundle again")
+        return self._engine
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.engine.bundle
+
+    @overload
+    def score(
+        self, *, prompt: str, images: Sequence[ImageInput], errors: Literal["raise"] = ...
+    ) -> list[Score]: ...
+    @overload
+    def score(
+        self, *, prompt: str, images: Sequence[ImageInput], errors: Literal["return"]
+    ) -> list[Score | ZrewardError]: ...
+    def score(
+        self, *, prompt: str, images: Sequence[ImageInput], errors: Literal["raise", "return"] = "raise"
+    ) -> list[Score] | list[Score | ZrewardError]:
+        """Score candidates of one prompt.
+
+        Args:
+            prompt: the text that the images were generated from.
+            images: each a path, encoded bytes, a PIL image, or an HWC uint8 array.
+            errors: "raise" the first failed item's error, or "return" errors in the items' places.
+
+        Returns:
+            One `Score` per image, in order.
+        """
+        if isinstance(images, str | bytes | Path) or not isinstance(images, Sequence):
+            raise UsageError("images must be a list of images; for a single one pass [image]")
+        pairs = [(prompt, image) for image in images]
+        return self.score_pairs(pairs, errors="return") if errors == "return" else self.score_pairs(pairs)
+
+    @overload
+    def score_pairs(self, pairs: Sequence[Pair], *, errors: Literal["raise"] = ...) -> list[Score]: ...
+    @overload
+    def score_pairs(
+        self, pairs: Sequence[Pair], *, errors: Literal["return"]
+    ) -> list[Score | ZrewardError]: ...
+    def score_pairs(
+        self, pairs: Sequence[Pair], *, errors: Literal["raise", "return"] = "raise"
+    ) -> list[Score] | list[Score | ZrewardError]:
+        """Score (prompt, image) pairs of any mix of prompts; otherwise as `score`."""
+        if errors not in ("raise", "return"):
+            raise UsageError(f"errors must be 'raise' or 'return', not {errors!r}")
+        results: list[Score | ZrewardError] = []
+        for start in range(0, len(pairs), _MAX_BATCH):
+            chunk = self._score_chunk(pairs[start : start + _MAX_BATCH])
+            failure = next((r for r in chunk if isinstance(r, ZrewardError)), None)
+            if failure is not None and errors == "raise":
+                raise failure
+            results.extend(chunk)
+        return results
+
+    def rank(self, *, prompt: str, images: Sequence[ImageInput]) -> list[int]:
+        """Indices of `images` from the best overall score to the worst; equals keep their order."""
+        scores = self.score(prompt=prompt, images=images)
+        return sorted(range(len(scores)), key=lambda index: -scores[index].overall)
+
+    def close(self) -> None:
+        """Release the graphs; scoring afterwards is an error. Closing twice is not."""
+        with self._lock:
+            self._engine = None
+            self._prompts.clear()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _score_chunk(self, pairs: Sequence[Pair]) -> list[Score | ZrewardError]:
+        engine = self.engine
+        results: dict[int, Score | ZrewardError] = {}
+        groups: dict[tuple[str, tuple[int, int]], list[tuple[int, Patches]]] = {}
+        for index, (prompt, image) in enumerate(pairs):
+            try:
+                self._prompt_state(engine, prompt)
+                patches = preprocess(image, engine.contract.image)
+            except ZrewardError as error:
+                results[index] = error
+                continue
+            groups.setdefault((prompt, _token_grid(patches)), []).append((index, patches))
+        for (prompt, grid), items in groups.items():
+            try:
+                scores = self._score_group(engine, prompt, [patches for _, patches in items], grid)
+            except ZrewardError as error:
+                scores = [error] * len(items)
+            results.update(zip((index for index, _ in items), scores, strict=True))
+        return [results[index] for index in range(len(pairs))]
+
+    def _score_group(
+        self, engine: Engine, prompt: str, patches: list[Patches], grid: tuple[int, int]
+    ) -> list[Score | ZrewardError]:
+        features = [engine.encode_image(p) for p in patches]
+        state = engine.image_state(self._prompt_state(engine, prompt), features, grid)
+        answers = engine.answer(state)
+        masses = [None] * len(patches) if answers.label_mass is None else list(answers.label_mass)
+        return [self._score_of(engine, p, m) for p, m in zip(answers.probs, masses, strict=True)]
+
+    @staticmethod
+    def _score_of(engine: Engine, probs: np.ndarray, mass: np.ndarray | None) -> Score | ZrewardError:
+        contract = engine.contract
+        try:
+            distributions = {
+                name: ScoreDistribution(contract.bins, row)
+                for name, row in zip(contract.dimension_names, probs, strict=True)
+            }
+        except DistributionError as error:
+            return BackendError(
+                f"the model gave no usable distribution ({error}); check it with `zreward verify`"
+            )
+        label_mass = None
+        if mass is not None:
+            label_mass = {n: float(m) for n, m in zip(contract.dimension_names, mass, strict=True)}
+        return Score(distributions, label_mass)
+
+    def _prompt_state(self, engine: Engine, prompt: str) -> DecoderState:
+        """The state after `prompt`, from the cache of the last few prompts where it is there."""
+        with self._lock:
+            state = self._prompts.get(prompt) if isinstance(prompt, str) else None
+            if state is not None:
+                self._prompts.move_to_end(prompt)
+                return state
+        state = engine.prompt_state(prompt)
+        with self._lock:
+            self._prompts[prompt] = state
+            while len(self._prompts) > _CACHED_PROMPTS:
+                self._prompts.popitem(last=False)
+        return state
+
+
+def _token_grid(patches: Patches) -> tuple[int, int]:
+    _, height, width = patches.grid_thw
+    return height // patches.merge_size, width // patches.merge_size

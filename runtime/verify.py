@@ -1,0 +1,54 @@
+"""Verification of a bundle: every file hashed, every golden input replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from zreward.bundle import Bundle, check_files
+from zreward.errors import BundleError
+from zreward.runtime.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a successful verification saw.
+
+    Attributes:
+        n_files: files hashed.
+        n_golden: golden inputs replayed.
+        max_probability_difference: largest absolute difference of a bin probability.
+        tolerance: what the manifest allows.
+    """
+
+    n_files: int
+    n_golden: int
+    max_probability_difference: float
+    tolerance: float
+
+
+def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | None = None) -> VerifyReport:
+    """Hash the files of the bundle at `path` and replay its golden inputs.
+
+    Raises:
+        BundleError: a file is missing or altered, or a golden score differs by more than the tolerance.
+        BackendError: the backend is missing or refuses the graphs.
+    """
+    bundle = Bundle.open(path)
+    check_files(bundle)
+    items = bundle.golden_items()
+    largest = 0.0
+    with Scorer.open(path, provider=provider, threads=threads) as scorer:
+        for item in items:
+            score = scorer.score(prompt=item.prompt, images=[bundle.path / item.image])[0]
+            for name, expected in item.probs.items():
+                largest = max(largest, float(np.abs(score[name].probs - np.array(expected)).max()))
+    tolerance = bundle.manifest.golden.tolerance
+    if not largest <= tolerance:
+        raise BundleError(
+            f"{bundle.path}: replayed golden scores differ by {largest:.2e} in a bin probability, more than "
+            f"the {tolerance:.0e} that the bundle allows; this backend or processor computes otherwise"
+        )
+    return VerifyReport(len(bundle.manifest.files), len(items), largest, tolerance)

@@ -1,0 +1,213 @@
+"""The score contract: what a reward model is asked, and how its answer is read.
+
+One `ScoreContract` drives training, distillation, evaluation, export and runtime. It is data (JSON
+beside the weights, copied into every bundle, identified by its hash), so no other module knows a bin
+value, a code, a prompt string or an image limit. Token ids are not part of it: they are resolved from
+the codes by the tokenizer that the contract is used with (`zreward.prompt`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zreward.errors import ContractError
+from zreward.image import ImageSpec
+from zreward.jsonfile import dataclass_from_json, read_json_object, write_json
+
+CONTRACT_FILE = "contract.json"
+CONTRACT_VERSION = 1
+
+DEFAULT_BINS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
+DEFAULT_CODES = ("1", "2", "3", "4", "5", "6", "7", "8", "9")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One rubric dimension.
+
+    Attributes:
+        name: key of the dimension in every result, a lower-case identifier.
+        title: its name for people, also the heading of its rubric.
+        rubric: what each level means; part of the system text.
+        question: the short user text that asks for this dimension's code.
+        temperature: the score logits are divided by it before the softmax (> 0).
+    """
+
+    name: str
+    title: str
+    rubric: str
+    question: str
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or self.name != self.name.lower():
+            raise ContractError(
+                f"dimension name {self.name!r} must be a lower-case identifier, such as 'realism'"
+            )
+        if not math.isfinite(self.temperature) or self.temperature <= 0:
+            raise ContractError(
+                f"dimension {self.name!r}: temperature must be finite and > 0, not {self.temperature!r}"
+            )
+        if not self.question.strip():
+            raise ContractError(f"dimension {self.name!r}: the question is empty")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat text around instruction, prompt, image and question.
+
+    The sequence is `before_image` + `image_token` × n + `after_image` + `question`. Everything before
+    `question` is shared by all dimensions of an image, and everything before the image by all
+    candidates of a prompt. The default is the chat format of Qwen3.5 with thinking off: the answer
+    starts after an empty think block.
+
+    Attributes:
+        before_image: text with the fields {system} and {prompt}; must end in a special token, so that
+            tokens never merge across the boundary.
+        image_token: the placeholder that stands once for each merged image patch.
+        after_image: the special token that closes the image.
+        question: text with the field {question}; what follows it is the model's answer.
+    """
+
+    before_image: str = (
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nPrompt: {prompt}\n<|vision_start|>"
+    )
+    image_token: str = "<|image_pad|>"
+    after_image: str = "<|vision_end|>"
+    question: str = "{question}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+    def __post_init__(self) -> None:
+        _expect_fields("template.before_image", self.before_image, ("{system}", "{prompt}"))
+        _expect_fields("template.question", self.question, ("{question}",))
+        if not self.image_token:
+            raise ContractError("template.image_token is empty")
+
+
+def _expect_fields(where: str, text: str, fields: tuple[str, ...]) -> None:
+    for name in fields:
+        if text.count(name) != 1:
+            raise ContractError(f"{where} must contain {name} exactly once: {text!r}")
+
+
+@dataclass(frozen=True)
+class ScoreContract:
+    """What is asked of a reward model and how the answer is read.
+
+    Attributes:
+        name: a label for people.
+        bins: the score values, strictly increasing.
+        codes: one answer text per bin; each must be exactly one token of the model's tokenizer.
+        dimensions: the rubric dimensions, in the order of every result.
+        instruction: the opening of the system text; the rubrics follow it.
+        template: the chat text around them.
+        image: the image budget, patching and normalization.
+        max_prompt_tokens: longer prompts are refused, never cut.
+
+    Raises:
+        ContractError: where a field is missing, unknown, of the wrong type or inconsistent.
+    """
+
+    name: str
+    bins: tuple[float, ...]
+    codes: tuple[str, ...]
+    dimensions: tuple[Dimension, ...]
+    instruction: str
+    template: ChatTemplate = field(default_factory=ChatTemplate)
+    image: ImageSpec = field(default_factory=ImageSpec)
+    max_prompt_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_tokens < 1:
+            raise ContractError(f"max_prompt_tokens must be at least 1, not {self.max_prompt_tokens}")
+        if len(self.bins) < 2 or any(b >= c for b, c in zip(self.bins, self.bins[1:], strict=False)):
+            raise ContractError(f"bins must be at least two strictly increasing numbers, not {self.bins}")
+        if not all(math.isfinite(b) for b in self.bins):
+            raise ContractError(f"bins must be finite: {self.bins}")
+        if len(self.codes) != len(self.bins):
+            raise ContractError(f"{len(self.codes)} codes for {len(self.bins)} bins: one code per bin")
+        if len(set(self.codes)) != len(self.codes) or not all(self.codes):
+            raise ContractError(f"codes must be distinct and not empty: {self.codes}")
+        names = self.dimension_names
+        if not names or len(set(names)) != len(names):
+            raise ContractError(f"dimensions must be at least one, with distinct names: {names}")
+
+    @staticmethod
+    def default(image: ImageSpec | None = None) -> ScoreContract:
+        """The Z-Reward contract: four dimensions, nine half-point bins, digits as codes."""
+        from zreward.rubrics import INSTRUCTION, RUBRICS
+
+        return ScoreContract(
+            name="zreward-default",
+            bins=DEFAULT_BINS,
+            codes=DEFAULT_CODES,
+            dimensions=RUBRICS,
+            instruction=INSTRUCTION,
+            image=image or ImageSpec(),
+        )
+
+    @property
+    def dimension_names(self) -> tuple[str, ...]:
+        return tuple(dimension.name for dimension in self.dimensions)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return tuple(dimension.temperature for dimension in self.dimensions)
+
+    @property
+    def system_text(self) -> str:
+        """The instruction followed by every dimension's title and rubric."""
+        rubrics = [f"{dimension.title}\n{dimension.rubric}" for dimension in self.dimensions]
+        return "\n\n".join([self.instruction, *rubrics])
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the canonical JSON (sorted keys, no white space, UTF-8)."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def dimension(self, name: str) -> Dimension:
+        for dimension in self.dimensions:
+            if dimension.name == name:
+                return dimension
+        raise ContractError(f"no dimension {name!r}; this contract has {', '.join(self.dimension_names)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": "zreward.contract", "version": CONTRACT_VERSION, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], *, where: str = "contract") -> ScoreContract:
+        """Read the JSON form strictly: unknown, missing and mistyped fields are errors."""
+        data = dict(data)
+        schema, version = data.pop("schema", None), data.pop("version", None)
+        if schema != "zreward.contract":
+            raise ContractError(f"{where}: not a score contract (schema is {schema!r})")
+        if version != CONTRACT_VERSION:
+            raise ContractError(
+                f"{where}: contract version {version!r} is not supported; this zreward reads version "
+                f"{CONTRACT_VERSION}, so upgrade zreward or write the contract again"
+            )
+        return dataclass_from_json(ScoreContract, data, where, ContractError)
+
+    def save(self, directory: Path) -> Path:
+        """Write `contract.json` into `directory`, replacing it in one step."""
+        path = directory / CONTRACT_FILE
+        write_json(path, self.to_dict())
+        return path
+
+    @staticmethod
+    def load(path: Path) -> ScoreContract:
+        """Read a contract file, or the `contract.json` of a directory."""
+        if path.is_dir():
+            path = path / CONTRACT_FILE
+        if not path.is_file():
+            raise ContractError(
+                f"no score contract at {path}; write the default one with `zreward contract CHECKPOINT`"
+            )
+        return ScoreContract.from_dict(read_json_object(path, ContractError), where=str(path))
