@@ -7,46 +7,34 @@ its final name is complete, whenever the export was killed.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import onnx_ir as ir
 
 import zreward
 from zreward.bundle import (
     GOLDEN_FILE,
     Bundle,
-    EmbeddingInfo,
     FileEntry,
     GoldenInfo,
     Manifest,
     ModelInfo,
-    StateInfo,
     file_entries,
     write_manifest,
 )
 from zreward.checkpoint import Checkpoint
 from zreward.contract import ScoreContract
-from zreward.errors import ExportError, UsageError
-from zreward.export.graph import EMBEDDING, Graphs, graphs_from_checkpoint
+from zreward.errors import BackendError, CheckpointError, ExportError, UsageError
+from zreward.export.job import TARGETS, WEIGHT_TYPES, Lowered, LoweringJob, Progress
 from zreward.export.parity import golden_scores, parity_with_reference, write_golden_images
-from zreward.export.passes.weight_storage import STORED_TYPES
 from zreward.export.staging import staged_directory
-from zreward.export.storage import graph_weight_bytes, write_embedding, write_graph
-from zreward.export.targets.cpu import lower_to_cpu
+from zreward.export.worker import lower_in_child
+from zreward.image import MAX_ASPECT_RATIO
 from zreward.jsonfile import write_json
 from zreward.prompt import TOKENIZER_FILE, PromptEncoder, load_tokenizer
 
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total), in bytes while weights are written."""
-
-TARGETS = ("cpu",)
 GOLDEN_TOLERANCE = 2e-3
 """Bin probabilities move by about 1e-6 between processors in float32; a wrong weight moves them by 0.1."""
 PARITY_LIMITS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
@@ -74,8 +62,8 @@ class ExportOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.weights not in STORED_TYPES:
-            raise UsageError(f"unknown weights {self.weights!r}; choose from {', '.join(STORED_TYPES)}")
+        if self.weights not in WEIGHT_TYPES:
+            raise UsageError(f"unknown weights {self.weights!r}; choose from {', '.join(WEIGHT_TYPES)}")
         if self.target not in TARGETS:
             raise UsageError(f"unknown target {self.target!r}; this version has {', '.join(TARGETS)}")
 
@@ -96,78 +84,82 @@ def export_bundle(
         progress: hears of each stage.
 
     Raises:
+        BackendError: no backend is installed to prove the bundle with.
         CheckpointError, ContractError: the input is incomplete or inconsistent; found before any work.
         ExportError: the graphs cannot be built, or the result is too far from transformers.
         UsageError: `output` exists, or an option is unknown.
     """
     options = options or ExportOptions()
     report = progress or (lambda stage, done, total: None)
+    versions = _versions()
     source = Checkpoint.open(checkpoint)
     contract = source.contract()
     encoder = PromptEncoder(contract, load_tokenizer(source.path))
+    _check_tokenizer(source, encoder)
     with staged_directory(Path(output), replace=options.force) as staging:
-        report("building the graphs", 0, 1)
-        graphs = graphs_from_checkpoint(source)
-        lower_to_cpu(
-            graphs,
+        job = LoweringJob(
+            checkpoint=str(source.path),
+            output=str(staging.path),
+            target=options.target,
+            weights=options.weights,
+            label_mass=options.label_mass,
             code_ids=encoder.code_ids,
             bins=contract.bins,
             n_positions=_reachable_positions(contract, encoder),
-            stored_type=STORED_TYPES[options.weights],
-            label_mass=options.label_mass,
         )
-        report("building the graphs", 1, 1)
-        states = _states(graphs.decoder)
-        embedding = _write_files(source, contract, graphs, staging.path, report)
-        manifest = _draft(source, contract, options, states, embedding, staging.path)
-        manifest = _prove(source, contract, options, manifest, staging.path, report)
-        write_manifest(staging.path, manifest)
+        lowered = lower_in_child(job, report)
+        contract.save(staging.path)
+        (staging.path / TOKENIZER_FILE).write_bytes((source.path / TOKENIZER_FILE).read_bytes())
+        draft = _draft(source, contract, options, lowered, versions, staging.path)
+        write_manifest(staging.path, _prove(source, contract, options, draft, staging.path, report))
         staging.commit()
     return Bundle.open(output)
 
 
-def _write_files(
-    source: Checkpoint, contract: ScoreContract, graphs: Graphs, path: Path, report: Progress
-) -> EmbeddingInfo:
-    embedding_bytes = source.info(EMBEDDING).n_bytes
-    total = graph_weight_bytes(graphs.vision) + graph_weight_bytes(graphs.decoder) + embedding_bytes
-    done = 0
+def _versions() -> dict[str, str]:
+    """Versions of what makes and proves the bundle; onnxruntime is a module of several distributions."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BackendError(
+            "an export scores its golden inputs and needs onnxruntime; install `pip install 'zreward[cpu]'`"
+        ) from None
+    packages = {name: version(name) for name in ("mobius-onnx", "onnx-ir")}
+    return {"zreward": zreward.__version__, **packages, "onnxruntime": onnxruntime.__version__}
 
-    def wrote(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        report("writing weights", done, total)
 
-    write_graph(graphs.vision, path / "vision.onnx", wrote)
-    write_graph(graphs.decoder, path / "decoder.onnx", wrote)
-    embedding = write_embedding(source, path / "embedding.bin", wrote)
-    contract.save(path)
-    (path / TOKENIZER_FILE).write_bytes((source.path / TOKENIZER_FILE).read_bytes())
-    return embedding
+def _check_tokenizer(source: Checkpoint, encoder: PromptEncoder) -> None:
+    """The placeholder of an image must be the model's: another model's tokenizer would score nonsense."""
+    expected = source.config.get("image_token_id")
+    if expected is not None and expected != encoder.image_token_id:
+        token = encoder.contract.template.image_token
+        raise CheckpointError(
+            f"{source.path}: {token!r} is token {encoder.image_token_id} of {TOKENIZER_FILE}, but config.json "
+            f"has image_token_id {expected}; this is not the tokenizer that the model was trained with"
+        )
 
 
 def _draft(
     source: Checkpoint,
     contract: ScoreContract,
     options: ExportOptions,
-    states: tuple[StateInfo, ...],
-    embedding: EmbeddingInfo,
+    lowered: Lowered,
+    versions: Mapping[str, str],
     path: Path,
 ) -> Manifest:
     """The manifest before anything is proved: no parity, and files without hashes."""
     listed = {p.name: FileEntry(0, "") for p in path.iterdir()} | {GOLDEN_FILE: FileEntry(0, "")}
-    packages = ("mobius-onnx", "onnx-ir", "onnxruntime")
     return Manifest(
         target=options.target,
         weights=options.weights,
         contract_sha256=contract.sha256,
-        model=ModelInfo(str(source.config["model_type"]), source.n_parameters, embedding.shape[1]),
+        model=ModelInfo(str(source.config["model_type"]), source.n_parameters, lowered.embedding.shape[1]),
         graphs={"vision": "vision.onnx", "decoder": "decoder.onnx"},
-        embedding=embedding,
-        states=states,
+        embedding=lowered.embedding,
+        states=lowered.states,
         golden=GoldenInfo(GOLDEN_FILE, GOLDEN_TOLERANCE),
         label_mass=options.label_mass,
-        versions={"zreward": zreward.__version__, **{name: version(name) for name in packages}},
+        versions=versions,
         files=listed,
     )
 
@@ -205,34 +197,17 @@ def _prove(
     return dataclasses.replace(draft, parity=parity, files=file_entries(path))
 
 
-def _states(decoder: ir.Model) -> tuple[StateInfo, ...]:
-    """Each state input of the decoder with the output that continues it."""
-    outputs = {value.name for value in decoder.graph.outputs}
-    states = []
-    for value in decoder.graph.inputs:
-        if not str(value.name).startswith("past_key_values."):
-            continue
-        output = str(value.name).replace("past_key_values.", "present.", 1)
-        if output not in outputs:
-            raise ExportError(f"the decoder continues {value.name!r} in no output")
-        shape = tuple(d if isinstance(d, int) else _dimension_name(str(d)) for d in value.shape or ())
-        states.append(StateInfo(str(value.name), output, "float32", shape))
-    return tuple(states)
-
-
-def _dimension_name(symbol: str) -> str:
-    return "past" if symbol.startswith("past") else "batch"
-
-
 def _reachable_positions(contract: ScoreContract, encoder: PromptEncoder) -> int:
     """Positions of the longest sequence that the contract allows, rounded up to a multiple of 128.
 
     A prompt may have `max_prompt_tokens`; joining it to the text around it can only merge tokens, or split
-    a few at the seams. An image advances the position by its longer side in tokens.
+    a few at the seams. An image advances the position by its longer side in tokens, and a thin image can
+    be longer than a square one has tokens.
     """
     spec = contract.image
     side = spec.patch_size * spec.merge_size
     text = len(encoder.text_prefix_ids("x")) + contract.max_prompt_tokens
-    image = max(spec.max_pixels, side * side) // (side * side)
+    n_tokens = math.ceil(spec.max_pixels / side**2)
+    image = max(n_tokens, math.ceil(math.sqrt(MAX_ASPECT_RATIO * n_tokens)))
     question = max(len(ids) for ids in encoder.question_ids)
     return 128 * math.ceil((text + image + question + 16) / 128)

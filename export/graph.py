@@ -34,7 +34,8 @@ def graphs_from_checkpoint(checkpoint: Checkpoint) -> Graphs:
     """Build vision tower and decoder for `checkpoint`.
 
     Raises:
-        ExportError: mobius refuses the config, or a weight is missing or of another shape.
+        CheckpointError: a weight is missing.
+        ExportError: mobius refuses the config, or a weight has another shape than the config says.
     """
     import mobius
 
@@ -56,8 +57,11 @@ def graphs_from_checkpoint(checkpoint: Checkpoint) -> Graphs:
 
 
 def head_weight(checkpoint: Checkpoint) -> str:
-    """The tensor that holds the rows of the language head: its own, or the tied embedding."""
-    return LM_HEAD if LM_HEAD in checkpoint.tensors else EMBEDDING
+    """The tensor that holds the rows of the language head: its own, or the embedding if the two are tied."""
+    tied = checkpoint.config.get("tie_word_embeddings", checkpoint.text_config.get("tie_word_embeddings"))
+    if LM_HEAD not in checkpoint.tensors and tied:
+        return EMBEDDING
+    return checkpoint.info(LM_HEAD).name
 
 
 def _bind(model: ir.Model, checkpoint: Checkpoint) -> None:

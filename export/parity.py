@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zreward.bundle import Bundle, GoldenItem, ParityInfo
+from zreward.errors import ExportError
 from zreward.golden import golden_inputs
-from zreward.image import ImageSpec
+from zreward.image import ImageSpec, preprocess
 from zreward.runtime.engine import Engine
-from zreward.runtime.scorer import Scorer
 
 GOLDEN_FOLDER = "golden"
 
@@ -43,14 +43,24 @@ def write_golden_images(directory: Path, spec: ImageSpec) -> list[str]:
 def golden_scores(bundle: Bundle, names: Sequence[str]) -> Golden:
     """Score the golden inputs with the bundle itself."""
     prompts = [prompt for prompt, _ in golden_inputs(bundle.contract.image)]
-    with Scorer(Engine(bundle)) as scorer:
-        pairs = [(prompt, bundle.path / name) for prompt, name in zip(prompts, names, strict=True)]
-        scores = scorer.score_pairs(pairs)
+    engine = Engine(bundle, frugal=True)
+    patches = [preprocess(bundle.path / name, bundle.contract.image) for name in names]
+    features = [engine.encode_image(p) for p in patches]  # all images first: a frugal engine switches once
+    probs = []
+    for prompt, image, p in zip(prompts, features, patches, strict=True):
+        state = engine.image_state(engine.prompt_state(prompt), [image], p.token_grid)
+        probs.append(engine.answer(state).probs[0].astype(np.float64))
+    if not np.isfinite(probs).all():
+        raise ExportError(
+            f"{bundle.path}: the exported model answers NaN; the checkpoint's weights are out of range"
+        )
     items = tuple(
-        GoldenItem(prompt, name, {d: tuple(score[d].probs.tolist()) for d in score})
-        for prompt, name, score in zip(prompts, names, scores, strict=True)
+        GoldenItem(
+            prompt, name, dict(zip(bundle.contract.dimension_names, map(tuple, p.tolist()), strict=True))
+        )
+        for prompt, name, p in zip(prompts, names, probs, strict=True)
     )
-    return Golden(items, np.array([[score[d].probs for d in score] for score in scores]))
+    return Golden(items, np.stack(probs))
 
 
 def parity_with_reference(checkpoint: Path, bundle: Bundle, golden: Golden) -> ParityInfo:

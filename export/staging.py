@@ -1,34 +1,52 @@
 """A directory that appears under its final name complete, or not at all.
 
 It is filled beside its final name and renamed. A killed export leaves a hidden directory named after its
-process; the next export of the same name removes it once that process is gone.
+process; the next export of the same name removes it once that process is gone, and puts a bundle back that
+was moved aside and not yet replaced.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from zreward.errors import UsageError
 
+# Staged by this process. Containers number their processes alike, so a leftover may bear our own id.
+_staged_here: set[Path] = set()
+_lock = threading.Lock()
+
 
 class Staging:
     """The directory under construction: fill `path`, then `commit`."""
 
-    def __init__(self, final: Path) -> None:
+    def __init__(self, final: Path, *, replace: bool) -> None:
         self.final = final
-        self.path = final.parent / f".{final.name}.partial-{os.getpid()}"
+        self.path = final.parent.resolve() / f".{final.name}.partial-{os.getpid()}"
+        self._replace = replace
 
     def commit(self) -> None:
-        """Rename to the final name; an earlier directory there is moved aside first and then removed."""
+        """Rename to the final name; an earlier directory there is moved aside first and then removed.
+
+        Raises:
+            UsageError: something appeared under the final name meanwhile, and must not be replaced.
+        """
+        _check_final(self.final, replace=self._replace)
         _sync_directory(self.path)
         old = self.final.parent / f".{self.final.name}.replaced-{os.getpid()}"
         if self.final.exists():
             self.final.rename(old)
-        self.path.rename(self.final)
+        try:
+            self.path.rename(self.final)
+        except OSError:
+            if old.exists():
+                old.rename(self.final)
+            raise
         _sync_directory(self.final.parent)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -38,22 +56,32 @@ def staged_directory(final: Path, *, replace: bool) -> Iterator[Staging]:
     """Stage a directory that will be named `final`.
 
     Raises:
-        UsageError: `final` exists and `replace` is false, or is something that must not be replaced.
+        UsageError: `final` exists and `replace` is false, is something that must not be replaced, or lies
+            where nothing can be written.
     """
-    _check_final(final, replace=replace)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    _restore_and_clean(final)
-    staging = Staging(final)
-    staging.path.mkdir()
+    if not final.name or final.name in (".", ".."):
+        raise UsageError(f"{final}: name the bundle's directory itself")
+    staging = Staging(final, replace=replace)
+    with _lock:
+        if staging.path in _staged_here:
+            raise UsageError(f"{final}: this process is writing it already")
+        try:
+            _restore_and_clean(final)
+            _check_final(final, replace=replace)
+            staging.path.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(
+                f"{final}: cannot be written here ({error.strerror}: {error.filename})"
+            ) from None
+        _staged_here.add(staging.path)
     try:
         yield staging
     finally:
         shutil.rmtree(staging.path, ignore_errors=True)
+        _staged_here.discard(staging.path)
 
 
 def _check_final(final: Path, *, replace: bool) -> None:
-    if not final.name or final.name in (".", ".."):
-        raise UsageError(f"{final}: name the bundle's directory itself")
     if not os.path.lexists(final):
         return
     if not replace:
@@ -65,17 +93,20 @@ def _check_final(final: Path, *, replace: bool) -> None:
 
 def _restore_and_clean(final: Path) -> None:
     """Undo what killed exports of this name left: put a replaced bundle back, remove partial ones."""
-    for left in final.parent.glob(f".{final.name}.*-*"):
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*-*"):
         kind, _, process = left.name.removeprefix(f".{final.name}.").rpartition("-")
-        if kind not in ("partial", "replaced") or not process.isdigit() or _is_running(int(process)):
+        if kind not in ("partial", "replaced") or not process.isdigit() or _is_other_process(int(process)):
             continue
-        if kind == "replaced" and not final.exists():
+        if kind == "replaced" and not os.path.lexists(final):
             left.rename(final)
         else:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _is_running(process: int) -> bool:
+def _is_other_process(process: int) -> bool:
+    """Whether `process` runs and is not this one, which has staged nothing for this name yet."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from zreward.bundle import EmbeddingInfo
-from zreward.checkpoint import Checkpoint
+from zreward.checkpoint import Checkpoint, float32_from_stored
+from zreward.errors import ExportError
 from zreward.export.graph import EMBEDDING
 from zreward.export.weights import CheckpointTensor
 
@@ -40,7 +41,7 @@ def write_graph(model: ir.Model, path: Path, wrote: ByteProgress) -> None:
             if tensor is None or tensor.nbytes < _INLINE_BYTES:
                 continue
             offset = _align(file)
-            blocks = tensor.blocks() if isinstance(tensor, CheckpointTensor) else [tensor.numpy()]
+            blocks = tensor.blocks() if isinstance(tensor, CheckpointTensor) else [_raw_bytes(tensor)]
             length = _write_blocks(file, blocks, wrote)
             value.const_value = ir.ExternalTensor(
                 data_path.name,
@@ -67,11 +68,20 @@ def graph_weight_bytes(model: ir.Model) -> int:
 
 
 def write_embedding(checkpoint: Checkpoint, path: Path, wrote: ByteProgress) -> EmbeddingInfo:
-    """Write the token embedding as raw rows in the checkpoint's own type, which loses nothing."""
+    """Write the token embedding as raw rows in the checkpoint's own type, which loses nothing.
+
+    Raises:
+        ExportError: a value is not finite; it would surface in the prompts alone that use its token.
+    """
     info = checkpoint.info(EMBEDDING)
     with path.open("wb") as file:
         for start in range(0, info.shape[0], _EMBEDDING_BLOCK_ROWS):
             block = checkpoint.read_stored(EMBEDDING, start, start + _EMBEDDING_BLOCK_ROWS)
+            if not np.isfinite(float32_from_stored(block, info.dtype)).all():
+                raise ExportError(
+                    f"{checkpoint.path}: weight {EMBEDDING!r} holds NaN or infinity; "
+                    "the checkpoint is damaged or its training diverged"
+                )
             _write_blocks(file, [block], wrote)
         _sync(file)
     return EmbeddingInfo(path.name, _EMBEDDING_DTYPES[info.dtype], (info.shape[0], info.shape[1]))
@@ -85,6 +95,11 @@ def _write_blocks(file: BinaryIO, blocks: Iterable[NDArray[Any]], wrote: BytePro
         length += len(data)
         wrote(len(data))
     return length
+
+
+def _raw_bytes(tensor: ir.TensorProtocol) -> NDArray[np.uint8]:
+    """The bytes as ONNX stores them: little-endian, elements below 8 bits packed."""
+    return np.frombuffer(tensor.tobytes(), dtype=np.uint8)
 
 
 def _align(file: BinaryIO) -> int:

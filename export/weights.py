@@ -34,16 +34,16 @@ class Layout:
 
     Attributes:
         source: its name in the checkpoint.
-        flatten: view it as a matrix [first dimension, rest] (a convolution kernel as a weight matrix).
+        rows: keep only these rows, in this order.
+        flatten: then view it as a matrix [first dimension, rest] (a convolution kernel as a weight matrix).
         transpose: then swap the two dimensions ([out, in] of a linear layer as [in, out] of a MatMul).
-        rows: then keep only these rows, in this order.
         dtype: the type it is stored in.
     """
 
     source: str
+    rows: tuple[int, ...] | None = None
     flatten: bool = False
     transpose: bool = False
-    rows: tuple[int, ...] | None = None
     dtype: ir.DataType = ir.DataType.FLOAT
 
 
@@ -69,7 +69,8 @@ class CheckpointTensor(ir.LazyTensor):
     def blocks(self) -> Iterator[NDArray[Any]]:
         """The values in storage order, C-contiguous and little-endian, in blocks of at most 64 MiB.
 
-        A transposed or row-selected tensor comes as one block.
+        A transposed or row-selected tensor comes as one block. Blocks of a flattened tensor keep the shape
+        that they have in the checkpoint; their bytes are the same.
 
         Raises:
             ExportError: a value is not finite, or does not fit the stored type.
@@ -109,6 +110,6 @@ class CheckpointTensor(ir.LazyTensor):
         if self.dtype is not ir.DataType.FLOAT and not np.isfinite(stored.astype(np.float32)).all():
             raise ExportError(
                 f"{self.checkpoint.path}: weight {self.layout.source!r} exceeds the range of "
-                f"{self.dtype.name.lower()}; export with --weights bf16 or fp32"
+                f"{self.dtype.name.lower()}; store the weights as bf16 (--weights bf16), or as fp32"
             )
         return stored

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from zreward.bundle import Bundle, EmbeddingInfo
 from zreward.errors import BackendError
 from zreward.image import Patches
 from zreward.prompt import Ids, PromptEncoder, image_positions, load_tokenizer, text_positions
-from zreward.runtime.backends import open_session
+from zreward.runtime.backends import Session, open_session
 
 Floats = NDArray[np.float32]
 
@@ -54,15 +55,23 @@ class Answers:
 
 
 class Engine:
-    """The graphs of one bundle, run stage by stage. Safe to call from several threads."""
+    """The graphs of one bundle, run stage by stage. Safe to call from several threads, unless frugal.
 
-    def __init__(self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None) -> None:
+    Args:
+        bundle: the bundle to run.
+        provider: see `open_session`.
+        threads: see `open_session`.
+        frugal: hold one graph at a time and no packed copies of its weights. Slow to switch between vision
+            and decoder; it is for proving a large bundle in little memory.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None, frugal: bool = False
+    ) -> None:
         self.bundle = bundle
         self.contract = bundle.contract
         self.encoder = PromptEncoder(bundle.contract, load_tokenizer(bundle.path))
-        graphs = bundle.manifest.graphs
-        self._vision = open_session(bundle.path / graphs["vision"], provider=provider, threads=threads)
-        self._decoder = open_session(bundle.path / graphs["decoder"], provider=provider, threads=threads)
+        self._graphs = _Graphs(bundle, provider=provider, threads=threads, frugal=frugal)
         self._embedding = _Embedding(bundle)
         self._questions, self._last_index = self._padded_questions()
 
@@ -82,7 +91,7 @@ class Engine:
             "pixel_values": patches.pixel_values,
             "image_grid_thw": np.array([patches.grid_thw], dtype=np.int64),
         }
-        features: Floats = self._vision.run(["image_features"], inputs)[0]
+        features: Floats = self._graphs.run("vision", ["image_features"], inputs)[0]
         return features
 
     def image_state(
@@ -101,21 +110,24 @@ class Engine:
         positions = np.concatenate([image, text_positions(after, 1)], axis=1)
         return self._advance(prompt.repeated(len(features)), embeddings, positions, after + 1)
 
-    def answer(self, images: DecoderState) -> Answers:
-        """Ask every dimension of every row of `images`.
+    def answer(self, images: DecoderState, dimensions: Sequence[int] | None = None) -> Answers:
+        """Ask every dimension, or those at the given indices, of every row of `images`.
 
-        Raises:
-            BackendError: the model gave probabilities that are not finite.
+        The probabilities come as the graph gave them; `Scorer` checks that they are distributions.
         """
-        n_dimensions, n_images = len(self.contract.dimensions), _rows(images)
+        asked = list(range(len(self.contract.dimensions)) if dimensions is None else dimensions)
+        n_dimensions, n_images = len(asked), _rows(images)
+        last_index = self._last_index[asked]
+        questions = self._questions[asked, : last_index.max() + 1]
         state = images.repeated(n_dimensions)
-        embeddings = np.tile(self._questions, (n_images, 1, 1))
+        embeddings = np.tile(questions, (n_images, 1, 1))
         positions = text_positions(state.position, embeddings.shape[1])
         names = ["probs", "label_mass"] if self.bundle.manifest.label_mass else ["probs"]
         inputs = self._inputs(state, embeddings, positions)
-        inputs["last_index"] = np.tile(self._last_index, n_images)
-        inputs["temperature"] = np.tile(np.array(self.contract.temperatures, dtype=np.float32), n_images)
-        outputs = self._decoder.run(names, inputs)
+        temperatures = np.array(self.contract.temperatures, dtype=np.float32)[asked]
+        inputs["last_index"] = np.tile(last_index, n_images)
+        inputs["temperature"] = np.tile(temperatures, n_images)
+        outputs = self._graphs.run("decoder", names, inputs)
         probs = outputs[0].reshape(n_images, n_dimensions, -1)
         mass = outputs[1].reshape(n_images, n_dimensions) if len(outputs) > 1 else None
         return Answers(probs, mass)
@@ -125,7 +137,9 @@ class Engine:
     ) -> DecoderState:
         """Run `embeddings` [rows, tokens, hidden] at `positions` [3, tokens] and return the new state."""
         states = self.bundle.manifest.states
-        outputs = self._decoder.run([s.output for s in states], self._inputs(state, embeddings, positions))
+        outputs = self._graphs.run(
+            "decoder", [s.output for s in states], self._inputs(state, embeddings, positions)
+        )
         arrays = {s.input: output for s, output in zip(states, outputs, strict=True)}
         return DecoderState(arrays, state.length + embeddings.shape[1], next_position)
 
@@ -153,6 +167,22 @@ class Engine:
         lengths = np.array([len(ids) for ids in questions], dtype=np.int64)
         padded = [np.pad(ids, (0, lengths.max() - len(ids)), mode="edge") for ids in questions]
         return np.stack([self._embedding.rows(ids) for ids in padded]), lengths - 1
+
+
+class _Graphs:
+    """The sessions by graph name: all open from the start, or, if frugal, only the one used last."""
+
+    def __init__(self, bundle: Bundle, *, provider: str, threads: int | None, frugal: bool) -> None:
+        self._paths = {name: bundle.path / file for name, file in bundle.manifest.graphs.items()}
+        self._open = partial(open_session, provider=provider, threads=threads, frugal=frugal)
+        names = [] if frugal else list(self._paths)
+        self._sessions: dict[str, Session] = {name: self._open(self._paths[name]) for name in names}
+
+    def run(self, name: str, outputs: list[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        if name not in self._sessions:
+            self._sessions.clear()
+            self._sessions[name] = self._open(self._paths[name])
+        return self._sessions[name].run(outputs, inputs)
 
 
 class _Embedding:

@@ -10,6 +10,12 @@ from zreward.distribution import ScoreDistribution
 from zreward.errors import UsageError
 
 
+class DimensionError(UsageError, KeyError):
+    """No such dimension; a KeyError too, which `in` and `get` of a mapping rely on."""
+
+    __str__ = Exception.__str__  # a KeyError would print its message in quotes
+
+
 @dataclass(frozen=True)
 class Score(Mapping[str, ScoreDistribution]):
     """Distributions by dimension name, in contract order.
@@ -26,7 +32,7 @@ class Score(Mapping[str, ScoreDistribution]):
 
     def __getitem__(self, name: str) -> ScoreDistribution:
         if name not in self.dimensions:
-            raise UsageError(f"no dimension {name!r}; this bundle scores {', '.join(self.dimensions)}")
+            raise DimensionError(f"no dimension {name!r}; this bundle scores {', '.join(self.dimensions)}")
         return self.dimensions[name]
 
     def __iter__(self) -> Iterator[str]:

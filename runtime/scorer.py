@@ -16,6 +16,7 @@ from typing import Literal, overload
 import numpy as np
 
 from zreward.bundle import Bundle
+from zreward.contract import ScoreContract
 from zreward.distribution import DistributionError, ScoreDistribution
 from zreward.errors import BackendError, UsageError, ZrewardError
 from zreward.image import ImageInput, Patches, preprocess
@@ -69,6 +70,10 @@ class Scorer:
     @property
     def bundle(self) -> Bundle:
         return self.engine.bundle
+
+    @property
+    def contract(self) -> ScoreContract:
+        return self.engine.contract
 
     @overload
     def score(
@@ -142,13 +147,15 @@ class Scorer:
         groups: dict[tuple[str, tuple[int, int]], list[tuple[int, Patches]]] = {}
         for index, (prompt, image) in enumerate(pairs):
             try:
-                self._prompt_state(engine, prompt)
+                engine.encoder.text_prefix_ids(prompt)  # refuses a bad prompt; the decoder runs below
                 patches = preprocess(image, engine.contract.image)
             except ZrewardError as error:
                 results[index] = error
                 continue
-            groups.setdefault((prompt, _token_grid(patches)), []).append((index, patches))
-        for (prompt, grid), items in groups.items():
+            groups.setdefault((prompt, patches.token_grid), []).append((index, patches))
+        # Groups of one prompt follow each other, so that its state is computed once, whatever the cache holds.
+        first = {prompt: order for order, (prompt, _) in reversed(list(enumerate(groups)))}
+        for (prompt, grid), items in sorted(groups.items(), key=lambda group: first[group[0][0]]):
             try:
                 scores = self._score_group(engine, prompt, [patches for _, patches in items], grid)
             except ZrewardError as error:
@@ -179,6 +186,8 @@ class Scorer:
             )
         label_mass = None
         if mass is not None:
+            if not np.isfinite(mass).all():
+                return BackendError(f"the model gave a label mass of {mass.tolist()}")
             label_mass = {n: float(m) for n, m in zip(contract.dimension_names, mass, strict=True)}
         return Score(distributions, label_mass)
 
@@ -191,12 +200,8 @@ class Scorer:
                 return state
         state = engine.prompt_state(prompt)
         with self._lock:
-            self._prompts[prompt] = state
+            if self._engine is not None:  # a closed scorer holds no memory
+                self._prompts[prompt] = state
             while len(self._prompts) > _CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
         return state
-
-
-def _token_grid(patches: Patches) -> tuple[int, int]:
-    _, height, width = patches.grid_thw
-    return height // patches.merge_size, width // patches.merge_size

@@ -9,6 +9,7 @@ import numpy as np
 
 from zreward.bundle import Bundle, check_files
 from zreward.errors import BundleError
+from zreward.runtime.engine import Engine
 from zreward.runtime.scorer import Scorer
 
 
@@ -40,7 +41,7 @@ def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | No
     check_files(bundle)
     items = bundle.golden_items()
     largest = 0.0
-    with Scorer.open(path, provider=provider, threads=threads) as scorer:
+    with Scorer(Engine(bundle, provider=provider, threads=threads)) as scorer:
         for item in items:
             score = scorer.score(prompt=item.prompt, images=[bundle.path / item.image])[0]
             for name, expected in item.probs.items():

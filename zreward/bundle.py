@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -34,9 +35,13 @@ MANIFEST_VERSION = 1
 GOLDEN_FILE = "golden.json"
 
 EMBEDDING_DTYPES = ("float32", "float16", "bfloat16")
+STATE_DTYPES = ("float32", "float16")
+STATE_AXES = ("batch", "past")
 
-_HASH_ON_OPEN_BYTES = 8 * 1024 * 1024
+_HASH_ON_OPEN_BYTES = 32 * 1024 * 1024  # includes the tokenizer of a vocabulary of 250,000
 _HASH_BLOCK_BYTES = 1024 * 1024
+# Nothing absolute, no "..", no hidden file, no character that a file system or runtime gives a meaning.
+_FILE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,12 @@ class EmbeddingInfo:
     dtype: str
     shape: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        if self.dtype not in EMBEDDING_DTYPES:
+            raise BundleError(f"embedding dtype {self.dtype!r} is none of {', '.join(EMBEDDING_DTYPES)}")
+        if min(self.shape) < 1:
+            raise BundleError(f"embedding shape must be positive, not {self.shape}")
+
 
 @dataclass(frozen=True)
 class StateInfo:
@@ -76,6 +87,16 @@ class StateInfo:
     output: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STATE_DTYPES:
+            raise BundleError(
+                f"state {self.input!r}: dtype {self.dtype!r} is none of {', '.join(STATE_DTYPES)}"
+            )
+        if any(d not in STATE_AXES if isinstance(d, str) else d < 1 for d in self.shape):
+            raise BundleError(
+                f"state {self.input!r}: shape {self.shape} must hold positive integers, 'batch' and 'past'"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,8 +143,15 @@ class Manifest:
     def __post_init__(self) -> None:
         if set(self.graphs) != {"vision", "decoder"}:
             raise BundleError(f"graphs must name 'vision' and 'decoder', found {sorted(self.graphs)}")
-        if self.embedding.dtype not in EMBEDDING_DTYPES:
-            raise BundleError(f"embedding dtype {self.embedding.dtype!r} is none of {EMBEDDING_DTYPES}")
+        for name in self.graphs.values():
+            if not name.endswith(".onnx"):  # a runtime may read another format by its suffix, unchecked
+                raise BundleError(f"graph {name!r} is not named .onnx")
+        if self.embedding.shape[1] != self.model.hidden_size:
+            raise BundleError(
+                f"embedding rows of {self.embedding.shape[1]} do not fit hidden_size {self.model.hidden_size}"
+            )
+        if not self.states:
+            raise BundleError("states are empty; a decoder has at least one")
         if not math.isfinite(self.golden.tolerance) or self.golden.tolerance <= 0:
             raise BundleError(f"golden tolerance must be a positive number, not {self.golden.tolerance}")
         for name in self.files:
@@ -137,12 +165,14 @@ class Manifest:
         return {"schema": "zreward.bundle", "version": MANIFEST_VERSION, **dataclasses.asdict(self)}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any], where: str) -> Manifest:
+    def from_dict(data: object, where: str) -> Manifest:
+        if not isinstance(data, Mapping):
+            raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
         data = dict(data)
         schema, version = data.pop("schema", None), data.pop("version", None)
         if schema != "zreward.bundle":
             raise BundleError(f"{where}: not a zreward bundle (schema is {schema!r})")
-        if version != MANIFEST_VERSION:
+        if type(version) is not int or version != MANIFEST_VERSION:
             raise BundleError(
                 f"{where}: bundle version {version!r} is not supported; this zreward reads version "
                 f"{MANIFEST_VERSION}, so upgrade zreward or export the checkpoint again"
@@ -209,8 +239,8 @@ class Bundle:
         path = self.path / self.manifest.golden.file
         data = read_json_object(path, BundleError)
         items = data.get("items")
-        if not isinstance(items, list) or not items:
-            raise BundleError(f"{path}: no golden items")
+        if set(data) != {"items"} or not isinstance(items, list) or not items:
+            raise BundleError(f"{path}: expected the key 'items' alone, with at least one golden item")
         parsed = tuple(
             dataclass_from_json(GoldenItem, item, f"{path}: items[{index}]", BundleError)
             for index, item in enumerate(items)
@@ -252,12 +282,21 @@ def file_entries(path: Path) -> dict[str, FileEntry]:
 
 
 def _check_name(name: str) -> None:
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
-        raise BundleError(f"file name {name!r} leaves the bundle")
+    if not _FILE_NAME.fullmatch(name):
+        raise BundleError(
+            f"file name {name!r} is refused: names in a bundle are relative paths of ASCII letters, digits "
+            "and ._- that do not leave it"
+        )
 
 
 def _check_file(path: Path, name: str, entry: FileEntry, *, with_hash: bool) -> None:
+    try:
+        _check_content(path, name, entry, with_hash=with_hash)
+    except OSError as error:  # no permission, a name too long, a failing disk
+        raise BundleError(f"{path}: file {name!r} cannot be read ({error.strerror})") from None
+
+
+def _check_content(path: Path, name: str, entry: FileEntry, *, with_hash: bool) -> None:
     file = path / name
     if not file.is_file():
         raise BundleError(f"{path}: file {name!r} is missing; copy the whole bundle again")

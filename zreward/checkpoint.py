@@ -8,13 +8,12 @@ would then need as much memory as the checkpoint. Format: https://github.com/hug
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,15 +121,26 @@ class Checkpoint:
 
     def default_image_spec(self) -> ImageSpec:
         """The model's patches with the default budget of 64 to 1,024 tokens."""
-        vision = self.vision_config
-        side = int(vision["patch_size"]) * int(vision["spatial_merge_size"])
-        return ImageSpec(
-            patch_size=int(vision["patch_size"]),
-            merge_size=int(vision["spatial_merge_size"]),
-            temporal_patch_size=int(vision["temporal_patch_size"]),
-            min_pixels=64 * side * side,
-            max_pixels=1024 * side * side,
+        patch, merge, frames = (
+            self._vision_size(name) for name in ("patch_size", "spatial_merge_size", "temporal_patch_size")
         )
+        token_pixels = (patch * merge) ** 2
+        return ImageSpec(
+            patch_size=patch,
+            merge_size=merge,
+            temporal_patch_size=frames,
+            min_pixels=64 * token_pixels,
+            max_pixels=1024 * token_pixels,
+        )
+
+    def _vision_size(self, name: str) -> int:
+        value = self.vision_config.get(name)
+        if not _is_count(value) or value < 1:
+            raise CheckpointError(
+                f"{self.path / CONFIG_FILE}: vision_config.{name} is {value!r}; expected a whole number of "
+                "at least 1"
+            )
+        return value
 
     def info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -143,7 +153,7 @@ class Checkpoint:
         """Rows `start` to `stop` of a tensor as float32, [stop − start, …].
 
         Raises:
-            CheckpointError: no such tensor, or the file ends inside it.
+            CheckpointError: no such tensor, no such rows, or the file ends inside it.
         """
         info = self.info(name)
         return float32_from_stored(self.read_stored(name, start, stop), info.dtype)
@@ -154,6 +164,8 @@ class Checkpoint:
         dtype = _STORED_DTYPES[info.dtype]
         rows = info.shape[0] if info.shape else 1
         stop = rows if stop is None else min(stop, rows)
+        if not 0 <= start <= stop:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has {rows} rows, not {start} to {stop}")
         row_size = info.size // rows if rows else 0
         count = (stop - start) * row_size
         with info.file.open("rb") as file:
@@ -192,63 +204,109 @@ def _resolve(source: str | Path) -> Path:
 
 
 def _index_tensors(path: Path) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(path):
-        for info in _read_header(file):
-            tensors[info.name] = info
+    """Every tensor of the single weights file or, as in transformers only where there is none, the shards."""
+    single, index = path / WEIGHTS_FILE, path / WEIGHTS_INDEX_FILE
+    if single.is_file() or not index.is_file():
+        tensors = _read_headers(path, [WEIGHTS_FILE])
+    else:
+        weight_map = _read_weight_map(index)
+        tensors = _read_headers(path, sorted(set(weight_map.values())))
+        for name, shard in weight_map.items():
+            if name not in tensors or tensors[name].file.name != shard:
+                raise CheckpointError(
+                    f"{index}: tensor {name!r} is not in {shard}; copy the checkpoint again"
+                )
     if not tensors:
         raise CheckpointError(f"{path}: the weights hold no tensors")
     return tensors
 
 
-def _weight_files(path: Path) -> list[Path]:
-    index = path / WEIGHTS_INDEX_FILE
-    if index.is_file():
-        weight_map = read_json_object(index, CheckpointError).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index}: no usable weight_map")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = [WEIGHTS_FILE]
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
-        if not (path / name).is_file():
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: no usable weight_map")
+    for shard in weight_map.values():
+        if not re.fullmatch(r"\w[\w.-]{0,254}", shard, re.ASCII):
+            raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name")
+    return weight_map
+
+
+def _read_headers(path: Path, file_names: list[str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file_name in file_names:
+        file = path / file_name
+        if not file.is_file():
             raise CheckpointError(
-                f"{path}: no {name}; zreward reads safetensors only (`save_pretrained` writes them), "
+                f"{path}: no {file_name}; zreward reads safetensors only (`save_pretrained` writes them), "
                 "never pickled weights"
             )
-    return [path / name for name in names]
+        for info in _read_header(file):
+            if info.name in tensors:
+                other = tensors[info.name].file.name
+                raise CheckpointError(f"{path}: tensor {info.name!r} is in {other} and in {file_name}")
+            tensors[info.name] = info
+    return tensors
 
 
 def _read_header(file: Path) -> list[TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{file}: not a safetensors file, or truncated; copy it again")
-        raw = handle.read(length)
+    """The tensors of one file, in the order of their data."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file}: not a safetensors file, or truncated; copy it again")
+            raw = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     try:
         header = parse_json_object(raw.decode("utf-8"))
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: damaged safetensors header ({error})") from None
     header.pop("__metadata__", None)
-    return [_tensor_info(file, name, entry, 8 + length, size) for name, entry in header.items()]
+    tensors = [_tensor_info(file, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda info: (info.offset, info.n_bytes))
+    _check_layout(file, tensors, 8 + length, size)
+    return tensors
 
 
-def _tensor_info(file: Path, name: str, entry: Any, base: int, file_size: int) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        n_bytes = math.prod(shape) * _STORED_DTYPES[dtype].itemsize
-    except KeyError as error:
-        raise CheckpointError(
-            f"{file}: tensor {name!r} has {error.args[0]!r}, which is not supported; "
-            f"save the weights as one of {', '.join(_STORED_DTYPES)}"
-        ) from None
-    except (TypeError, ValueError):
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: damaged header entry of tensor {name!r}") from None
-    if begin < 0 or end - begin != n_bytes:
-        raise CheckpointError(f"{file}: tensor {name!r} spans {end - begin} bytes, its shape needs {n_bytes}")
-    if base + end > file_size:
-        raise CheckpointError(f"{file}: ends inside tensor {name!r}; the file is truncated, copy it again")
-    return TensorInfo(name, dtype, shape, file, base + begin)
+    if not isinstance(dtype, str) or dtype not in _STORED_DTYPES:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has the type {dtype!r}, which is not supported; "
+            f"save the weights as one of {', '.join(_STORED_DTYPES)}"
+        )
+    if not isinstance(shape, list) or not all(_is_count(n) for n in (*shape, begin, end)):
+        raise CheckpointError(f"{file}: tensor {name!r} has a damaged shape or data_offsets")
+    info = TensorInfo(name, dtype, tuple(shape), file, base + begin)
+    if end - begin != info.n_bytes:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} spans {end - begin} bytes, its shape needs {info.n_bytes}"
+        )
+    return info
+
+
+def _check_layout(file: Path, tensors: list[TensorInfo], base: int, file_size: int) -> None:
+    """The tensors must fill the file without gap or overlap, as the format demands."""
+    end = base
+    for info in tensors:
+        if info.offset != end:
+            raise CheckpointError(
+                f"{file}: the data of tensor {info.name!r} overlaps its neighbour or leaves a gap; "
+                "save the weights again"
+            )
+        end += info.n_bytes
+    if end > file_size:
+        raise CheckpointError(f"{file}: ends inside its last tensors; the file is truncated, copy it again")
+    if end < file_size:
+        raise CheckpointError(
+            f"{file}: {file_size - end} bytes after the last tensor; save the weights again"
+        )
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

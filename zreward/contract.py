@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,10 @@ class Dimension:
             raise ContractError(
                 f"dimension name {self.name!r} must be a lower-case identifier, such as 'realism'"
             )
-        if not math.isfinite(self.temperature) or self.temperature <= 0:
-            raise ContractError(
-                f"dimension {self.name!r}: temperature must be finite and > 0, not {self.temperature!r}"
-            )
+        where = f"dimension {self.name!r}: temperature"
+        object.__setattr__(self, "temperature", _finite_float(where, self.temperature))
+        if self.temperature <= 0:
+            raise ContractError(f"{where} must be > 0, not {self.temperature!r}")
         if not self.question.strip():
             raise ContractError(f"dimension {self.name!r}: the question is empty")
 
@@ -88,6 +89,13 @@ class ChatTemplate:
         _expect_fields("template.question", self.question, ("{question}",))
         if not self.image_token:
             raise ContractError("template.image_token is empty")
+
+
+def _finite_float(where: str, value: object) -> float:
+    """`value` as a float, so that 1 and 1.0, or 0.0 and −0.0, are one contract with one hash."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ContractError(f"{where} must be a finite number, not {value!r}")
+    return float(value) + 0.0
 
 
 def _expect_fields(where: str, text: str, fields: tuple[str, ...]) -> None:
@@ -126,17 +134,24 @@ class ScoreContract:
     def __post_init__(self) -> None:
         if self.max_prompt_tokens < 1:
             raise ContractError(f"max_prompt_tokens must be at least 1, not {self.max_prompt_tokens}")
+        object.__setattr__(self, "bins", tuple(_finite_float("each bin", b) for b in self.bins))
+        object.__setattr__(self, "codes", tuple(self.codes))
+        object.__setattr__(self, "dimensions", tuple(self.dimensions))
         if len(self.bins) < 2 or any(b >= c for b, c in zip(self.bins, self.bins[1:], strict=False)):
             raise ContractError(f"bins must be at least two strictly increasing numbers, not {self.bins}")
-        if not all(math.isfinite(b) for b in self.bins):
-            raise ContractError(f"bins must be finite: {self.bins}")
         if len(self.codes) != len(self.bins):
             raise ContractError(f"{len(self.codes)} codes for {len(self.bins)} bins: one code per bin")
-        if len(set(self.codes)) != len(self.codes) or not all(self.codes):
-            raise ContractError(f"codes must be distinct and not empty: {self.codes}")
+        if not all(isinstance(code, str) and code for code in self.codes):
+            raise ContractError(f"codes must be texts that are not empty: {self.codes}")
+        if len(set(self.codes)) != len(self.codes):
+            raise ContractError(f"codes must be distinct: {self.codes}")
         names = self.dimension_names
         if not names or len(set(names)) != len(names):
             raise ContractError(f"dimensions must be at least one, with distinct names: {names}")
+        try:
+            self._canonical_json()
+        except UnicodeEncodeError as error:
+            raise ContractError(f"a text of the contract is not valid Unicode ({error.reason})") from None
 
     @staticmethod
     def default(image: ImageSpec | None = None) -> ScoreContract:
@@ -169,8 +184,11 @@ class ScoreContract:
     @property
     def sha256(self) -> str:
         """Hex digest of the canonical JSON (sorted keys, no white space, UTF-8)."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hashlib.sha256(self._canonical_json()).hexdigest()
+
+    def _canonical_json(self) -> bytes:
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return text.encode("utf-8")
 
     def dimension(self, name: str) -> Dimension:
         for dimension in self.dimensions:
@@ -182,13 +200,15 @@ class ScoreContract:
         return {"schema": "zreward.contract", "version": CONTRACT_VERSION, **dataclasses.asdict(self)}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any], *, where: str = "contract") -> ScoreContract:
+    def from_dict(data: object, *, where: str = "contract") -> ScoreContract:
         """Read the JSON form strictly: unknown, missing and mistyped fields are errors."""
+        if not isinstance(data, Mapping):
+            raise ContractError(f"{where}: expected an object, found {type(data).__name__}")
         data = dict(data)
         schema, version = data.pop("schema", None), data.pop("version", None)
         if schema != "zreward.contract":
             raise ContractError(f"{where}: not a score contract (schema is {schema!r})")
-        if version != CONTRACT_VERSION:
+        if type(version) is not int or version != CONTRACT_VERSION:
             raise ContractError(
                 f"{where}: contract version {version!r} is not supported; this zreward reads version "
                 f"{CONTRACT_VERSION}, so upgrade zreward or write the contract again"

@@ -32,21 +32,21 @@ class ScoreDistribution:
         probs: float64 [n], non-negative; a sum within 1e-3 of one is rescaled to exactly one.
 
     Raises:
-        DistributionError: wrong shapes, a non-finite or negative probability, or a sum that is not one.
+        DistributionError: wrong shapes, a non-finite bin, a non-finite or negative probability, or a sum
+            that is not one.
     """
 
     bins: Floats
     probs: Floats
 
     def __init__(self, bins: ArrayLike, probs: ArrayLike) -> None:
-        b = np.array(bins, dtype=np.float64)
-        p = np.array(probs, dtype=np.float64)
+        b, p = _floats("bins", bins), _floats("probabilities", probs)
         if b.ndim != 1 or p.shape != b.shape or b.size == 0:
             raise DistributionError(
                 f"bins of shape {b.shape} and probabilities of shape {p.shape} do not match"
             )
-        if not np.all(np.diff(b) > 0):
-            raise DistributionError(f"bins must be strictly increasing: {b.tolist()}")
+        if not np.all(np.isfinite(b)) or not np.all(np.diff(b) > 0):
+            raise DistributionError(f"bins must be finite and strictly increasing: {b.tolist()}")
         total = float(p.sum())
         if not np.all(np.isfinite(p)) or p.min() < 0 or abs(total - 1.0) > _SUM_TOLERANCE:
             raise DistributionError(f"not a probability distribution: {p.tolist()} (sum {total:.6g})")
@@ -57,9 +57,18 @@ class ScoreDistribution:
 
     @staticmethod
     def from_logits(bins: ArrayLike, logits: ArrayLike, temperature: float = 1.0) -> ScoreDistribution:
-        """Softmax of `logits` [n] / `temperature`, in float64."""
-        z = np.asarray(logits, dtype=np.float64) / temperature
-        e = np.exp(z - z.max())
+        """Softmax of `logits` [n] / `temperature`, in float64; −inf rules a bin out.
+
+        Raises:
+            DistributionError: no logits, one that is NaN or +inf, none that is finite, or a temperature
+                that is not finite and > 0.
+        """
+        z = _floats("logits", logits)
+        if not 0 < temperature < np.inf:
+            raise DistributionError(f"the temperature must be finite and > 0, not {temperature!r}")
+        if z.size == 0 or not np.isfinite(z.max()):
+            raise DistributionError(f"the logits have no finite maximum: {z.tolist()}")
+        e = np.exp((z - z.max()) / temperature)
         return ScoreDistribution(bins, e / e.sum())
 
     @property
@@ -126,3 +135,11 @@ class ScoreDistribution:
                 "the two distributions have different bins; compare scores of one contract"
             )
         return self.probs
+
+
+def _floats(what: str, values: ArrayLike) -> Floats:
+    """A float64 copy of `values`."""
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DistributionError(f"{what} must be numbers, not {values!r}") from None

@@ -102,6 +102,11 @@ class Patches:
     merge_size: int
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Height and width of the image in language tokens."""
+        return self.grid_thw[1] // self.merge_size, self.grid_thw[2] // self.merge_size
+
+    @property
     def n_tokens(self) -> int:
         """How many language tokens the image becomes."""
         _, grid_h, grid_w = self.grid_thw

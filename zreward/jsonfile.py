@@ -1,16 +1,18 @@
 """JSON files, read strictly and written in one step.
 
-Strict means UTF-8, one object, no duplicate keys, no NaN or Infinity (which are not JSON), and into a
-dataclass: no unknown, missing or mistyped field. A file is written beside its final name and renamed, so
-that a reader never sees half of it.
+Strict means UTF-8, one object, no duplicate keys, no NaN or Infinity (which are not JSON) nor a number that
+becomes infinite, such as 1e999; in a file, no half of a surrogate pair; and into a dataclass, no unknown,
+missing or mistyped field. A file is written beside its final name and renamed, so that a reader never sees
+half of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-import tempfile
+import secrets
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +29,15 @@ def parse_json_object(text: str) -> dict[str, Any]:
     """One JSON object from `text`.
 
     Raises:
-        ValueError: the text is not JSON, not an object, repeats a key, or holds NaN or Infinity.
+        ValueError: the text is not JSON, not an object, repeats a key, is nested too deeply, or holds a
+            number that is not finite.
     """
-    value = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value
@@ -40,7 +48,11 @@ def read_json_object(path: Path, error: type[ZrewardError]) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise error(f"{path}: {path.stat().st_size:,} bytes is too large for a JSON file of this kind")
-        return parse_json_object(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = parse_json_object(text)
+        if "\\u" in text:  # only an escape can bring half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror})") from None
     except (ValueError, RecursionError) as cause:
@@ -55,18 +67,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, beside `path` first and then renamed over it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not tempfile, whose files only their owner can read: a bundle is often served by another user.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -120,7 +130,12 @@ def _typed(hint: Any, value: Any, where: str, error: type[ZrewardError]) -> Any:
     expected, check = _SCALARS[hint]
     if not check(value):
         raise error(f"{where}: expected {expected}, found {value!r}")
-    return float(value) if hint is float else value
+    if hint is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise error(f"{where}: the number is too large") from None
 
 
 _SCALARS: dict[Any, tuple[str, Any]] = {
@@ -132,11 +147,18 @@ _SCALARS: dict[Any, tuple[str, Any]] = {
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {repeated!r} appears twice")
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"key {key!r} appears twice")
+        value[key] = item
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond the range of a number")
     return value
 
 

@@ -15,7 +15,8 @@ from zreward.errors import BundleError
 
 # message -> {field number: message of that field}, from onnx/onnx.proto
 _CHILDREN: dict[str, dict[int, str]] = {
-    "Model": {7: "Graph", 25: "Function"},
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Training": {1: "Graph", 2: "Graph"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Function": {7: "Node", 11: "Attribute"},
     "Node": {5: "Attribute"},
@@ -25,6 +26,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "Entry": {},
 }
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MAX_FIELD_NUMBER = 2**29 - 1
 _MAX_DEPTH = 64
 
 
@@ -64,6 +66,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     while position < len(data):
         key, position = _varint(data, position)
         number, wire_type = key >> 3, key & 7
+        if not 1 <= number <= _MAX_FIELD_NUMBER:
+            # The parser of ONNX Runtime drops the bits above 32 and would see another field than this one.
+            raise ValueError(f"field number {number} is out of range")
         if wire_type == _BYTES:
             length, position = _varint(data, position)
             if position + length > len(data):

@@ -20,6 +20,9 @@ from zreward.errors import CheckpointError, ContractError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
 
+_MAX_TOKEN_CHARACTERS = 256
+"""No token of a Qwen tokenizer is longer; it bounds the text that is worth tokenizing to count tokens."""
+
 Ids = NDArray[np.int64]
 
 
@@ -49,15 +52,18 @@ class PromptEncoder:
         question_ids: per dimension, in contract order, the ids of its question (int64 [n]).
 
     Raises:
-        ContractError: a code is not exactly one token, or tokens merge across the parts' boundaries.
+        ContractError: a code is not exactly one token of its own, tokens merge across the parts'
+            boundaries, or the image placeholder occurs in a text.
     """
 
     def __init__(self, contract: ScoreContract, tokenizer: Tokenizer) -> None:
         self.contract = contract
         self._tokenizer = tokenizer
-        self._added_ids = frozenset(tokenizer.get_added_tokens_decoder())
         template = contract.template
-        self._before_image = template.before_image.replace("{system}", contract.system_text)
+        # Split first: a rubric may hold the text "{prompt}", and a prompt the text "{system}".
+        self._before_prompt, self._after_prompt = (
+            part.replace("{system}", contract.system_text) for part in template.before_image.split("{prompt}")
+        )
         self.image_token_id = self._single("template.image_token", template.image_token)
         self._after_image_id = self._single("template.after_image", template.after_image)
         self.question_ids = tuple(
@@ -65,6 +71,8 @@ class PromptEncoder:
             for dimension in contract.dimensions
         )
         self.code_ids = tuple(self._single(f"code of bin {b}", c) for b, c in self._codes())
+        self._control_ids = {self.image_token_id, *tokenizer.get_added_tokens_decoder()}
+        self._check_codes()
         self._check_boundaries()
 
     def text_prefix_ids(self, prompt: str) -> Ids:
@@ -75,7 +83,7 @@ class PromptEncoder:
                 control token of the chat format.
         """
         self._check_prompt(prompt)
-        return self._ids(self._before_image.replace("{prompt}", prompt.strip()))
+        return self._prefix_ids(prompt.strip())
 
     def image_span_ids(self, n_tokens: int) -> Ids:
         """Ids of an image of `n_tokens` merged patches and the token that closes it, int64 [n + 1]."""
@@ -91,8 +99,18 @@ class PromptEncoder:
     def _codes(self) -> zip[tuple[float, str]]:
         return zip(self.contract.bins, self.contract.codes, strict=True)
 
+    def _prefix_ids(self, prompt: str) -> Ids:
+        return self._ids(self._before_prompt + prompt + self._after_prompt)
+
     def _ids(self, text: str) -> Ids:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # as above; a vocabulary of whole words without an unknown token
+            raise ContractError(
+                f"the tokenizer cannot encode the contract's text {text[:40]!r}… ({error}); "
+                "use the tokenizer that the model was trained with"
+            ) from None
+        return np.array(ids, dtype=np.int64)
 
     def _single(self, what: str, text: str) -> int:
         ids = self._ids(text)
@@ -103,14 +121,32 @@ class PromptEncoder:
             )
         return int(ids[0])
 
+    def _check_codes(self) -> None:
+        """Codes of different text can still be one token: by a normalizer, or as the unknown token."""
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        for code, code_id in zip(self.contract.codes, self.code_ids, strict=True):
+            if code_id == unknown_id or self.code_ids.count(code_id) > 1:
+                raise ContractError(
+                    f"code {code!r} is not a token of its own in this tokenizer (it reads as "
+                    f"{self._tokenizer.id_to_token(code_id)!r}); choose other codes in the contract"
+                )
+
     def _check_boundaries(self) -> None:
         """Encoding the parts must equal encoding the whole text, up to and including the answer."""
         contract, template = self.contract, self.contract.template
-        prefix = self._before_image.replace("{prompt}", "a red fox in the snow")
+        prompt = "a red fox in the snow"
+        prefix = self._prefix_ids(prompt)
+        opening = self._before_prompt + prompt + self._after_prompt
         for dimension, question in zip(contract.dimensions, self.question_ids, strict=True):
-            text = prefix + template.image_token + template.after_image
+            if self.image_token_id in prefix or self.image_token_id in question:
+                raise ContractError(
+                    f"{template.image_token!r} stands for the image alone; remove it from the contract's "
+                    f"instruction, rubrics, template and the question of {dimension.name!r}"
+                )
+            text = opening + template.image_token + template.after_image
             text += template.question.replace("{question}", dimension.question)
-            parts = np.concatenate([self._ids(prefix), self.image_span_ids(1), question])
+            parts = np.concatenate([prefix, self.image_span_ids(1), question])
             for code, code_id in zip(contract.codes, self.code_ids, strict=True):
                 if not np.array_equal(self._ids(text + code), np.append(parts, code_id)):
                     raise ContractError(
@@ -124,14 +160,21 @@ class PromptEncoder:
             raise PromptError(f"the prompt must be a string, not {type(prompt).__name__}")
         if not prompt.strip():
             raise PromptError("the prompt is empty; a score needs the text that the image was generated from")
-        try:
-            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):
-            raise PromptError("the prompt is not valid Unicode text (lone surrogates)") from None
         limit = self.contract.max_prompt_tokens
+        if len(prompt) > limit * _MAX_TOKEN_CHARACTERS:
+            raise PromptError(
+                f"the prompt has {len(prompt):,} characters; the contract allows {limit} tokens, so shorten it"
+            )
+        try:
+            prompt.encode("utf-8")
+            ids = self._tokenizer.encode(prompt.strip(), add_special_tokens=False).ids
+        except UnicodeEncodeError:
+            raise PromptError("the prompt is not valid Unicode text (lone surrogates)") from None
+        except Exception as error:
+            raise PromptError(f"the tokenizer cannot encode the prompt ({error}); reword it") from None
         if len(ids) > limit:
             raise PromptError(f"the prompt has {len(ids)} tokens; the contract allows {limit}, so shorten it")
-        control = next((i for i in ids if i in self._added_ids), None)
+        control = next((i for i in ids if i in self._control_ids), None)
         if control is not None:
             token = self._tokenizer.id_to_token(control)
             raise PromptError(f"the prompt contains the control token {token!r}; remove it")

@@ -35,6 +35,7 @@ class ReferenceModel:
         self.contract = contract or checkpoint.contract()
         self.encoder = PromptEncoder(self.contract, load_tokenizer(checkpoint.path))
         transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # it warns that its DeltaNet is slow here; it is
         model = Qwen3_5ForConditionalGeneration.from_pretrained(
             checkpoint.path, dtype=torch.float32, attn_implementation="sdpa"
         )

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from zreward.errors import ExportError
 from zreward.export.irtools import add_initializer, input_of
 
 EPSILON = 1e-6  # transformers.models.qwen3_5.modeling_qwen3_5.l2norm
@@ -19,6 +20,10 @@ def add_delta_norm_epsilon(model: ir.Model) -> int:
     """Insert `+ 1e-6` between each ReduceSumSquare and its Sqrt."""
     roots = [node for node in model.graph if node.op_type == "Sqrt" and _is_sum_of_squares(input_of(node, 0))]
     if not roots:
+        if any(node.op_type == "LinearAttention" for node in model.graph):
+            raise ExportError(
+                "delta norm: found DeltaNet layers, but not the norms of their keys and queries"
+            )
         return 0
     epsilon = add_initializer(model.graph, ir.tensor(np.float32(EPSILON), name="zreward.delta_norm_epsilon"))
     for root in roots:

@@ -29,6 +29,9 @@ def lower_patch_embedding(model: ir.Model) -> int:
         raise ExportError("patch embedding: the Conv is not between two Reshapes of 'pixel_values'")
     if not isinstance(kernel.const_value, CheckpointTensor):
         raise ExportError("patch embedding: the Conv's kernel is not a weight of the checkpoint")
+    strides = conv.attributes.get("strides")
+    if strides is None or tuple(strides.as_ints()) != kernel.const_value.shape.numpy()[2:]:
+        raise ExportError("patch embedding: the Conv's stride is not its kernel, so patches overlap or skip")
     matrix = kernel.const_value.with_layout(f"{kernel.name}.matrix", flatten=True, transpose=True)
     weight = add_initializer(model.graph, matrix)
     builder = tape.Tape()

@@ -155,7 +155,9 @@ def _label_mass(opset: int) -> ir.Function:
         )
         for matrix in (rows, vocabulary)
     ]
-    mass = builder.op("Exp", [builder.op("Sub", log_sums)])
+    # Rounding alone can exceed one: the vocabulary may be stored in 16 bits, the code rows never are.
+    one = builder.op("Constant", [], attributes={"value_float": 1.0})
+    mass = builder.op("Min", [builder.op("Exp", [builder.op("Sub", log_sums)]), one])
     return _function(LABEL_MASS, opset, [hidden, weight, rows, vocabulary], [mass], builder)
 
 

@@ -29,7 +29,7 @@ def specialize_single_image(model: ir.Model) -> int:
         elif node.op_type == "Compress":
             convenience.replace_all_uses_with(node.outputs[0], input_of(node, 0))
             model.graph.remove(node, safe=True)
-        elif node.op_type == "Attention" and len(node.inputs) > _MASK_INPUT:
+        elif node.op_type == "Attention" and _has_mask(node):
             node.replace_input_with(_MASK_INPUT, None)
         else:
             continue
@@ -39,6 +39,10 @@ def specialize_single_image(model: ir.Model) -> int:
             "single image: the vision tower has neither Scans nor masks; was it simplified before?"
         )
     return changes
+
+
+def _has_mask(attention: ir.Node) -> bool:
+    return len(attention.inputs) > _MASK_INPUT and attention.inputs[_MASK_INPUT] is not None
 
 
 def _inline_scan(graph: ir.Graph, scan: ir.Node) -> None:

@@ -21,7 +21,9 @@ def transpose_weights(model: ir.Model) -> int:
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or not isinstance(source.const_value, CheckpointTensor):
             continue
-        if list(node.attributes["perm"].as_ints()) != [1, 0]:
+        permutation = node.attributes.get("perm")  # where absent, all dimensions are reversed
+        matrix = len(source.const_value.shape) == 2
+        if not matrix or (permutation is not None and list(permutation.as_ints()) != [1, 0]):
             raise ExportError(f"weight layout: {source.name!r} is transposed by an unexpected permutation")
         tensor = source.const_value.with_layout(f"{source.name}.transposed", transpose=True)
         convenience.replace_all_uses_with(node.outputs[0], add_initializer(model.graph, tensor))

@@ -21,13 +21,14 @@ class Session(Protocol):
     def run(self, outputs: list[str], inputs: dict[str, Array]) -> list[Array]: ...
 
 
-def open_session(path: Path, *, provider: str, threads: int | None) -> Session:
+def open_session(path: Path, *, provider: str, threads: int | None, frugal: bool = False) -> Session:
     """Load the graph at `path`.
 
     Args:
         path: an ONNX file of the bundle.
         provider: "cpu", or "auto" for the best one that is installed.
         threads: threads per run; None lets the backend choose (one per physical core).
+        frugal: keep no packed copies of the weights and no pool of freed memory; slower.
 
     Raises:
         UsageError: an unknown provider, or a thread count below one.
@@ -39,4 +40,4 @@ def open_session(path: Path, *, provider: str, threads: int | None) -> Session:
         raise UsageError(f"threads must be a whole number of at least 1, not {threads!r}")
     from zreward.runtime.backends.ort import OrtSession
 
-    return OrtSession(path, threads=threads)
+    return OrtSession(path, threads=threads, frugal=frugal)

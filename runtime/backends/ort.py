@@ -15,7 +15,7 @@ _ERRORS_ONLY = 3  # onnxruntime's severity scale: 2 warns about every initialize
 class OrtSession:
     """One graph in an onnxruntime.InferenceSession; weights are mapped from the external-data file."""
 
-    def __init__(self, path: Path, *, threads: int | None) -> None:
+    def __init__(self, path: Path, *, threads: int | None, frugal: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -27,6 +27,9 @@ class OrtSession:
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = int(threads)
+        if frugal:
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tests.support.models import Shape, write_checkpoint
 
+from tests.support.models import Shape, write_checkpoint
 from zreward.bundle import Bundle
 from zreward.export import ExportOptions, export_bundle
 from zreward.image import preprocess
@@ -100,8 +100,7 @@ def full_pass(engine: Engine, picture: Image.Image, dimension: int) -> NDArray[n
     features = engine.encode_image(patches)
     text = engine.encoder.text_prefix_ids(PROMPT)
     question = engine.encoder.question_ids[dimension]
-    grid = (patches.grid_thw[1] // 2, patches.grid_thw[2] // 2)
-    image, after = image_positions(len(text), *grid)
+    image, after = image_positions(len(text), *patches.token_grid)
     positions = np.concatenate(
         [text_positions(0, len(text)), image, text_positions(after, 1 + len(question))], axis=1
     )
@@ -115,5 +114,5 @@ def full_pass(engine: Engine, picture: Image.Image, dimension: int) -> NDArray[n
         "temperature": np.array([contract.temperatures[dimension]], dtype=np.float32),
         **engine._empty_states(),
     }
-    probs: NDArray[np.float64] = engine._decoder.run(["probs"], inputs)[0][0].astype(np.float64)
+    probs: NDArray[np.float64] = engine._graphs.run("decoder", ["probs"], inputs)[0][0].astype(np.float64)
     return probs

@@ -59,7 +59,9 @@ def small_contract(patch: int) -> ScoreContract:
     return dataclasses.replace(contract, dimensions=dimensions, max_prompt_tokens=256)
 
 
-def write_checkpoint(path: Path, shape: Shape | None = None, *, seed: int = 0, dtype: str = "float32") -> Path:
+def write_checkpoint(
+    path: Path, shape: Shape | None = None, *, seed: int = 0, dtype: str = "float32"
+) -> Path:
     """Save a random checkpoint of `shape` at `path`; weights are large enough to make answers differ."""
     shape = shape or Shape()
     tokenizer = small_tokenizer()

@@ -1,0 +1,73 @@
+"""Checkpoint to graph files: build, lower for the target, stream the weights out.
+
+Imports mobius and with it torch. An export runs this in a process of its own (`zreward.export.worker`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from zreward.bundle import StateInfo
+from zreward.checkpoint import Checkpoint
+from zreward.errors import ExportError
+from zreward.export.graph import EMBEDDING, graphs_from_checkpoint
+from zreward.export.job import Lowered, LoweringJob, Progress
+from zreward.export.passes.weight_storage import STORED_TYPES
+from zreward.export.storage import graph_weight_bytes, write_embedding, write_graph
+from zreward.export.targets.cpu import lower_to_cpu
+
+
+def lower_checkpoint(job: LoweringJob, report: Progress) -> Lowered:
+    """Write `vision.onnx`, `decoder.onnx`, their weights and `embedding.bin` into `job.output`.
+
+    Raises:
+        CheckpointError: a weight is missing or the file is cut short.
+        ExportError: the graphs cannot be built, or a weight is not finite or out of the stored range.
+    """
+    source, path = Checkpoint.open(job.checkpoint), Path(job.output)
+    report("building the graphs", 0, 1)
+    graphs = graphs_from_checkpoint(source)
+    lower_to_cpu(
+        graphs,
+        code_ids=job.code_ids,
+        bins=job.bins,
+        n_positions=job.n_positions,
+        stored_type=STORED_TYPES[job.weights],
+        label_mass=job.label_mass,
+    )
+    states = _states(graphs.decoder)
+    report("building the graphs", 1, 1)
+
+    embedding_bytes = source.info(EMBEDDING).n_bytes
+    total = graph_weight_bytes(graphs.vision) + graph_weight_bytes(graphs.decoder) + embedding_bytes
+    done = 0
+
+    def wrote(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        report("writing weights", done, total)
+
+    write_graph(graphs.vision, path / "vision.onnx", wrote)
+    write_graph(graphs.decoder, path / "decoder.onnx", wrote)
+    return Lowered(states, write_embedding(source, path / "embedding.bin", wrote))
+
+
+def _states(decoder: ir.Model) -> tuple[StateInfo, ...]:
+    """Each state input of the decoder with the output that continues it."""
+    outputs = {value.name for value in decoder.graph.outputs}
+    states = []
+    for value in decoder.graph.inputs:
+        if not str(value.name).startswith("past_key_values."):
+            continue
+        output = str(value.name).replace("past_key_values.", "present.", 1)
+        if output not in outputs:
+            raise ExportError(f"the decoder continues {value.name!r} in no output")
+        shape = tuple(d if isinstance(d, int) else _dimension_name(str(d)) for d in value.shape or ())
+        states.append(StateInfo(str(value.name), output, "float32", shape))
+    return tuple(states)
+
+
+def _dimension_name(symbol: str) -> str:
+    return "past" if symbol.startswith("past") else "batch"
