@@ -1,0 +1,244 @@
+"""The command line as users meet it: output on 80 columns, exit statuses, and what a wrong call says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+from tests.support.broken_inputs import EXPECTED_ERRORS, N_LINES, write_job
+from zreward.synthetic import DIMENSIONS, SceneConfig, write_dataset
+
+COMMANDS = ("demo", "export", "contract", "inspect", "verify", "score", "bench", "eval", "data")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of six prompts with four images each."""
+    return write_dataset(tmp_path_factory.mktemp("scenes") / "data", SceneConfig(), 5, 6, 4)
+
+
+def images_of(scenes: Path, prompt: int) -> list[Path]:
+    return sorted((scenes.parent / "images").glob(f"{prompt:05d}-*.png"))
+
+
+def widest(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def test_help_lists_every_command_without_loading_the_heavy_libraries(cli: Cli) -> None:
+    result = cli("--help")
+    assert result.returncode == 0
+    assert all(f" {name} " in result.stdout for name in COMMANDS)
+    assert widest(result.stdout) <= 80
+    code = (
+        "import sys, zreward.cli; print([m for m in ('numpy', 'torch', 'onnx', 'PIL') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS[:-1], "data scenes"])
+def test_every_command_explains_itself(cli: Cli, command: str) -> None:
+    result = cli(*command.split(), "--help")
+    assert result.returncode == 0
+    assert widest(result.stdout) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["scroe"], 2, "'score'"),
+        (["score"], 2, "Missing argument"),
+        (["score", "bundle"], 2, "--prompt TEXT and at least one image"),
+        (["score", "bundle", "--prompt", "p"], 2, "at least one image"),
+        (["score", "bundle", "--input", "a.jsonl"], 2, "--input goes with --output"),
+        (["score", "bundle", "--input", "a", "-o", "b", "--prompt", "p"], 2, "without images"),
+        (["score", "bundle", "--prompt", "p", "a.png", "-o", "b"], 2, "go with --input"),
+        (["score", "bundle", "--prompt", "p", "a.png"], 1, "not a bundle"),
+        (["export", "nowhere", "-o", "bundle"], 1, "no such checkpoint"),
+        (["export", "nowhere", "-o", "bundle", "--weights", "int3"], 2, "int3"),
+        (["verify", "nowhere"], 1, "not a bundle"),
+        (["inspect", "nowhere"], 1, "not a bundle"),
+        (["bench", "nowhere", "--image-size", "big"], 2, "--image-size 'big'"),
+        (["eval", "nowhere", "nowhere"], 2, "does not exist"),
+        (["contract", "nowhere"], 1, "no such checkpoint"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong(
+    cli: Cli, tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
+    result = cli(*arguments, cwd=tmp_path)
+    assert result.returncode == status
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_scores_as_a_table(cli: Cli, tiny_bundle: Path, scenes: Path) -> None:
+    result = cli("score", tiny_bundle, "--prompt", "a red ball", *images_of(scenes, 0))
+    assert result.returncode == 0, result.stderr
+    assert widest(result.stdout) <= 80
+    assert all(name in result.stdout for name in (*DIMENSIONS, "overall", "rank"))
+    assert result.stdout.count("±") == 4 * len(DIMENSIONS)
+    rows = [line.split() for line in result.stdout.splitlines() if ".png" in line]
+    overall = [float(row[-2]) for row in rows]
+    assert overall == sorted(overall, reverse=True)
+    assert [row[-1] for row in rows] == ["1", "2", "3", "4"]
+
+
+def test_scores_as_json_with_a_failed_item(cli: Cli, tiny_bundle: Path, scenes: Path) -> None:
+    good, missing = images_of(scenes, 0)[0], scenes.parent / "missing.png"
+    result = cli("score", tiny_bundle, "--prompt", "a red ball", "--json", missing, good)
+    assert result.returncode == 1
+    failed, scored = map(json.loads, result.stdout.splitlines())
+    assert failed["error"]["type"] == "ImageError"
+    assert "dimensions" not in failed
+    assert scored["image"] == str(good)
+    assert list(scored["dimensions"]) == list(DIMENSIONS)
+    realism = scored["dimensions"]["realism"]
+    assert sum(realism["probs"]) == pytest.approx(1)
+    assert realism["mean"] == pytest.approx(sum(p * (1 + i / 2) for i, p in enumerate(realism["probs"])))
+    means = [dimension["mean"] for dimension in scored["dimensions"].values()]
+    assert scored["overall"] == pytest.approx(sum(means) / 4)
+    assert len(scored["contract"]) == 64
+    assert "missing.png" in result.stderr
+
+
+def test_a_prompt_that_cannot_be_scored_fails(cli: Cli, tiny_bundle: Path, scenes: Path) -> None:
+    result = cli("score", tiny_bundle, "--prompt", " ", images_of(scenes, 0)[0])
+    assert result.returncode == 1
+    assert "prompt is empty" in result.stderr
+
+
+def test_inspect_and_verify(cli: Cli, tiny_bundle: Path) -> None:
+    shown = cli("inspect", tiny_bundle)
+    assert shown.returncode == 0
+    assert "decoder.onnx" in shown.stdout
+    manifest = json.loads(cli("inspect", tiny_bundle, "--json").stdout)
+    assert manifest["schema"] == "zreward.bundle"
+    report = json.loads(cli("verify", tiny_bundle, "--json").stdout)
+    assert report["n_golden"] >= 1
+    assert report["max_probability_difference"] <= report["tolerance"]
+
+
+def test_contract_is_written_once(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for file in tiny_checkpoint.iterdir():
+        if file.is_file() and file.name != "contract.json":
+            (tmp_path / file.name).symlink_to(file)
+    result = cli("contract", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "contract.json").is_file()
+    assert "'9'" in result.stdout
+    again = cli("contract", tmp_path)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    forced = cli("contract", tmp_path, "--force", "--json")
+    assert list(json.loads(forced.stdout)["tokens"]) == [str(digit) for digit in range(1, 10)]
+
+
+def test_bench_writes_samples_machine_and_versions(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    result = cli("bench", tiny_bundle, "--image-size", "48,120", "--repetitions", "10", "--json", path)
+    assert result.returncode == 0, result.stderr
+    assert widest(result.stdout) <= 80
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["machine"]["cpu_count"] == os.cpu_count()
+    assert report["versions"]["onnxruntime"]
+    assert [entry["image_size"] for entry in report["results"]] == [48, 120]
+    for stage in report["results"][0]["stages"].values():
+        assert len(stage["samples_ms"]) == 10
+        assert 0 < stage["min_ms"] <= stage["median_ms"] <= stage["p99_ms"] <= stage["max_ms"]
+    assert cli("bench", tiny_bundle, "--repetitions", "3").returncode == 2
+
+
+def test_eval_of_a_bundle_and_of_its_scores_agree(
+    cli: Cli, tiny_bundle: Path, scenes: Path, tmp_path: Path
+) -> None:
+    scores = tmp_path / "scores.jsonl"
+    direct = cli("eval", tiny_bundle, scenes.parent, "--json")
+    assert direct.returncode == 0, direct.stderr
+    assert cli("score", tiny_bundle, "--input", scenes, "-o", scores).returncode == 0
+    from_file = cli("eval", scores, scenes, "--json")
+    for row, same in zip(json.loads(direct.stdout), json.loads(from_file.stdout), strict=True):
+        assert row == pytest.approx(same)
+    table = cli("eval", scores, scenes)
+    assert widest(table.stdout) <= 80
+    assert "margin HPA" in table.stdout
+
+
+def test_data_scenes_are_reproducible(cli: Cli, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert cli("data", "scenes", tmp_path / name, "--prompts", "2", "--seed", "3").returncode == 0
+    a, b = ((tmp_path / name / "scenes.jsonl").read_bytes() for name in ("a", "b"))
+    assert a == b
+    assert a.count(b"\n") == 12
+    refused = cli("data", "scenes", tmp_path / "a")
+    assert refused.returncode == 2
+    assert "not an empty directory" in refused.stderr
+
+
+def test_a_reader_that_goes_away_is_met_quietly(tiny_bundle: Path) -> None:
+    command = f"{sys.executable} -m zreward.cli inspect {tiny_bundle} --json | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_thousand_lines_with_ten_broken_ones_killed_in_the_middle(
+    cli: Cli, student_bundle: Path, tmp_path: Path
+) -> None:
+    job, output = write_job(tmp_path), tmp_path / "scores.jsonl"
+    command = [sys.executable, "-m", "zreward.cli", "score", student_bundle, "--input", job, "-o", output]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not output.exists() or output.read_bytes().count(b"\n") < 200:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = output.read_bytes()
+    finished = before.count(b"\n")
+    assert 200 <= finished < N_LINES, "it was killed too late to prove anything"
+
+    result = cli("score", student_bundle, "--input", job, "-o", output)
+    assert result.returncode == 1
+    assert f"1,000 lines, {finished:,} of them from an earlier run; 10 failed" in result.stderr
+    assert output.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [answer["line"] for answer in answers] == list(range(1, N_LINES + 1))
+    assert {a["line"]: a["error"]["type"] for a in answers if "error" in a} == EXPECTED_ERRORS
+    assert sum("overall" in answer for answer in answers) == 990
+
+
+@pytest.mark.slow
+def test_interrupting_says_so_with_130(tiny_bundle: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    output = tmp_path / "scores.jsonl"
+    command = [sys.executable, "-m", "zreward.cli", "score", tiny_bundle, "--input", job, "-o", output]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not output.exists() or output.stat().st_size == 0:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "goes on from here" in talk
+    assert "Traceback" not in talk
+
+
+@pytest.mark.slow
+def test_demo_goes_the_whole_way(cli: Cli, tmp_path: Path) -> None:
+    result = cli("demo", "--output", "out/demo-bundle", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert widest(result.stdout) <= 80 or "contract" in max(result.stdout.splitlines(), key=len)
+    assert result.stdout.count(".png") >= 6
+    assert result.stdout.count("“") == 2
+    assert "end to end" in result.stdout
+    assert (tmp_path / "out" / "demo-bundle" / "manifest.json").is_file()
+    assert (tmp_path / "out" / "demo-bundle-scores.png").stat().st_size > 10_000

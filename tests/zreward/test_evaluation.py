@@ -1,0 +1,99 @@
+"""Agreement of scores with labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from zreward.errors import MetricError, UsageError
+from zreward.evaluation import Labels, compare, read_labels, read_predictions
+from zreward.pairs import Pair
+
+DIMENSIONS = ("alignment", "realism")
+
+
+@pytest.fixture
+def labels() -> Labels:
+    """Ten prompts with four candidates each."""
+    scores = np.random.default_rng(0).integers(2, 11, (40, 2)) / 2
+    pairs = tuple(Pair(f"prompt {i // 4}", Path(f"{i}.png"), {}) for i in range(40))
+    return Labels(DIMENSIONS, pairs, tuple(str(i) for i in range(40)), scores)
+
+
+def test_perfect_scores_agree_perfectly(labels: Labels) -> None:
+    for row in compare(labels.scores, labels):
+        assert row.plcc == pytest.approx(1.0)
+        assert row.hpa == row.margin_hpa == 1.0
+
+
+def test_figures_against_scipy_and_counting(labels: Labels) -> None:
+    predictions = labels.scores + np.random.default_rng(1).normal(0, 1, labels.scores.shape)
+    alignment, _, overall = compare(predictions, labels)
+    truth = labels.scores[:, 0]
+    assert alignment.srcc == pytest.approx(stats.spearmanr(predictions[:, 0], truth).statistic)
+    right = [
+        (predictions[a, d] > predictions[b, d]) == (labels.scores[a, d] > labels.scores[b, d])
+        for d in range(2)
+        for a in range(40)
+        for b in range(a)
+        if a // 4 == b // 4 and labels.scores[a, d] != labels.scores[b, d]
+    ]
+    assert overall.hpa == pytest.approx(np.mean(right))
+    assert overall.n_pairs == len(right)
+
+
+def test_failed_items_are_left_out_and_counted(labels: Labels) -> None:
+    predictions = labels.scores.copy()
+    predictions[3] = np.nan
+    alignment, _, overall = compare(predictions, labels)
+    assert (alignment.n_items, overall.n_items) == (39, 78)
+    with pytest.raises(MetricError, match="no item"):
+        compare(np.full_like(predictions, np.nan), labels)
+
+
+def test_a_constant_has_no_correlation_but_an_accuracy(labels: Labels) -> None:
+    row = compare(np.full_like(labels.scores, 3.0), labels)[0]
+    assert row.plcc is None
+    assert row.srcc is None
+    assert row.hpa == 0.5
+
+
+def write_data(path: Path, *dimensions: tuple[str, ...]) -> Path:
+    lines = [
+        json.dumps({"prompt": "p", "image": "x.png", "scores": dict.fromkeys(names, 3.0)})
+        for names in dimensions
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_every_line_labels_the_same_dimensions(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.jsonl", ("realism",), ("realism", "alignment"))
+    with pytest.raises(UsageError, match=r"line 2: labelled are alignment, realism"):
+        read_labels(data)
+    with pytest.raises(UsageError, match="empty"):
+        read_labels(write_data(tmp_path / "empty.jsonl"))
+
+
+def test_scores_of_another_data_set_are_refused(tmp_path: Path) -> None:
+    labels = read_labels(write_data(tmp_path / "data.jsonl", ("realism",), ("realism",)))
+    scores = tmp_path / "scores.jsonl"
+    record = {"line": 1, "input": labels.digests[0], "dimensions": {"realism": {"mean": 2.5}}}
+    failed = {"line": 2, "input": labels.digests[1], "error": {"type": "ImageError", "message": "gone"}}
+
+    scores.write_text(f"{json.dumps(record)}\n{json.dumps(failed)}\n", encoding="utf-8")
+    np.testing.assert_equal(read_predictions(scores, labels), [[2.5], [np.nan]])
+
+    scores.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UsageError, match="answers 1 of 2 lines"):
+        read_predictions(scores, labels)
+    scores.write_text(json.dumps({**record, "input": "0" * 16}), encoding="utf-8")
+    with pytest.raises(UsageError, match="line 1: answers another data set"):
+        read_predictions(scores, labels)
+    scores.write_text("no JSON", encoding="utf-8")
+    with pytest.raises(UsageError, match="line 1: not a line"):
+        read_predictions(scores, labels)

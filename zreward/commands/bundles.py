@@ -1,0 +1,80 @@
+"""`zreward inspect` and `zreward verify`: what a bundle is, and whether it still is that."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zreward.commands import console
+
+if TYPE_CHECKING:
+    from zreward.bundle import Manifest
+
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Show what a bundle holds, without running it."""
+    from zreward.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    if as_json:
+        console.print_json({"path": str(opened.path), "sha256": opened.sha256, **manifest.to_dict()})
+        return
+    console.print_fact("bundle", opened.path)
+    console.print_fact("sha256", opened.sha256)
+    console.print_fact("target", f"{manifest.target}, weights stored as {manifest.weights}")
+    console.print_fact(
+        "model", f"{manifest.model.architecture}, {manifest.model.parameters / 1e6:,.1f} M parameters"
+    )
+    console.print_fact("contract", f"{opened.contract.name} {manifest.contract_sha256}")
+    console.print_fact("dimensions", ", ".join(opened.contract.dimension_names))
+    image = opened.contract.image
+    console.print_fact(
+        "images", f"{image.min_pixels:,} to {image.max_pixels:,} pixels, patch {image.patch_size}"
+    )
+    console.print_fact("label mass", "reported" if manifest.label_mass else "not exported")
+    console.print_fact("quantized", "no" if manifest.quantization is None else manifest.quantization)
+    console.print_fact("parity", _parity(manifest))
+    console.print_fact("made with", ", ".join(f"{name} {v}" for name, v in manifest.versions.items()))
+    _print_files(manifest)
+
+
+def _parity(manifest: Manifest) -> str:
+    if manifest.parity is None:
+        return "not measured at export"
+    bins, means = manifest.parity.max_difference, manifest.parity.max_mean_difference
+    n_images = manifest.parity.n_images
+    return f"{bins:.1e} at most in a bin probability, {means:.1e} in a score, on {n_images} images"
+
+
+def _print_files(manifest: Manifest) -> None:
+    table = console.plain_table("file", "bytes", "sha256")
+    for name, entry in manifest.files.items():
+        table.add_row(name, f"{entry.bytes:,}", entry.sha256[:16])
+    console.stdout().print(table)
+
+
+def verify(
+    bundle: BundleArgument,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the hash of every file and replay the golden inputs."""
+    from zreward.runtime.verify import verify_bundle
+
+    report = verify_bundle(bundle, threads=threads)
+    if as_json:
+        console.print_json(dataclasses.asdict(report))
+        return
+    console.print_fact("verified", bundle)
+    console.print_fact("golden", f"{report.n_golden} inputs replayed")
+    difference, tolerance = report.max_probability_difference, report.tolerance
+    console.print_fact(
+        "difference", f"{difference:.1e} at most in a bin probability; allowed is {tolerance:.0e}"
+    )

@@ -1,0 +1,111 @@
+"""`zreward export` and `zreward contract`: from a checkpoint to what is deployed."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zreward.commands import console
+
+if TYPE_CHECKING:
+    from zreward.bundle import Bundle
+    from zreward.contract import ScoreContract
+    from zreward.prompt import PromptEncoder
+
+CheckpointArgument = Annotated[
+    str,
+    typer.Argument(help="Checkpoint directory (config, tokenizer, safetensors), or owner/name on the hub."),
+]
+
+
+class Weights(StrEnum):
+    """How floating-point weights are stored; the CPU computes in fp32 whatever is chosen."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class Quantization(StrEnum):
+    NONE = "none"
+
+
+class Target(StrEnum):
+    CPU = "cpu"
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle directory to write.")],
+    quant: Annotated[Quantization, typer.Option(help="Weight quantization.")] = Quantization.NONE,
+    target: Annotated[Target, typer.Option(help="Where the bundle will run.")] = Target.CPU,
+    weights: Annotated[Weights, typer.Option(help="Storage of floating-point weights.")] = Weights.FP32,
+    label_mass: Annotated[
+        bool,
+        typer.Option("--label-mass", help="Also report the probability of the codes in the full vocabulary."),
+    ] = False,
+    parity: Annotated[
+        bool | None,
+        typer.Option(help="Compare the bundle with the torch model; by default where torch is installed."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Export a checkpoint to a bundle that the runtime scores with."""
+    from zreward.checkpoint import Checkpoint
+    from zreward.export.build import ExportOptions, export_bundle
+
+    options = ExportOptions(
+        weights=weights.value, target=target.value, label_mass=label_mass, parity=parity, force=force
+    )
+    with console.progress("MB") as progress:
+        bundle = export_bundle(Checkpoint.open(checkpoint).path, output, options, progress)
+    print_bundle(bundle)
+
+
+def print_bundle(bundle: Bundle) -> None:
+    """Where a bundle lies, how large it is and which contract it answers."""
+    size_bytes = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
+    console.print_fact("bundle", bundle.path)
+    console.print_fact("size", f"{size_bytes / 1e6:.1f} MB")
+    console.print_fact("contract", f"{bundle.contract.name} {bundle.contract.sha256}")
+
+
+def contract(
+    checkpoint: CheckpointArgument,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing contract.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write the default score contract beside a checkpoint, once its codes are checked."""
+    from zreward.checkpoint import Checkpoint
+    from zreward.contract import CONTRACT_FILE, ScoreContract
+    from zreward.errors import UsageError
+    from zreward.prompt import PromptEncoder, load_tokenizer
+
+    opened = Checkpoint.open(checkpoint)
+    existing = opened.path / CONTRACT_FILE
+    if existing.exists() and not force:
+        raise UsageError(f"{existing} exists and may be what the model was trained with; --force replaces it")
+    default = ScoreContract.default(image=opened.default_image_spec())
+    encoder = PromptEncoder(default, load_tokenizer(opened.path))
+    path = default.save(opened.path)
+    if as_json:
+        tokens = dict(zip(default.codes, encoder.code_ids, strict=True))
+        console.print_json(
+            {"path": str(path), "name": default.name, "sha256": default.sha256, "tokens": tokens}
+        )
+    else:
+        _print_contract(path, default, encoder)
+
+
+def _print_contract(path: Path, written: ScoreContract, encoder: PromptEncoder) -> None:
+    console.print_fact("contract", path)
+    console.print_fact("name", written.name)
+    console.print_fact("sha256", written.sha256)
+    console.print_fact("dimensions", ", ".join(written.dimension_names))
+    table = console.plain_table("code", "token id", "score")
+    for code, token, score in zip(written.codes, encoder.code_ids, written.bins, strict=True):
+        table.add_row(repr(code), str(token), f"{score:g}")
+    console.stdout().print(table)
