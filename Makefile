@@ -1,0 +1,42 @@
+# Every target sets up what it needs: a .venv beside this file, with the versions of constraints.txt.
+# It takes Python 3.11 or later with venv; choose the interpreter with `make PYTHON=python3.12 ...`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+# setuptools puts export/, runtime/ and so on into the package zreward; for mypy, links do.
+LINKS := build/types
+
+# Tests run in parallel processes: one thread each keeps them from fighting over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/zreward demo
+
+test: lint
+	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadscope
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(LINKS) && mkdir -p $(LINKS)/zreward
+	@ln -s $(addprefix ../../../,$(wildcard zreward/*) export quant runtime training) $(LINKS)/zreward/
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# pip is asked for rather than python: a setup that was interrupted leaves a python without it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,export,train,dev]'
+	@touch $@

@@ -1,0 +1,62 @@
+"""Fixtures that several test files share: the command line, checkpoints and their bundles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Runs `zreward ARGUMENTS` in a process of its own, as users do, on a terminal of 80 columns."""
+
+    def run(
+        *arguments: str | Path, cwd: Path | None = None, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        command: Sequence[str] = [sys.executable, "-m", "zreward.cli", *map(str, arguments)]
+        environment = {**os.environ, "COLUMNS": "80", "PYTHONUTF8": "1"}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, timeout=timeout
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3.5 of the smallest test shape, with tokenizer and the default contract's questions."""
+    from tests.support.models import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
+    """That checkpoint as an fp32 bundle, exported once per test process."""
+    from zreward.export.build import ExportOptions, export_bundle
+
+    return export_bundle(tiny_checkpoint, tiny_checkpoint.parent / "bundle", ExportOptions(parity=False)).path
+
+
+@pytest.fixture(scope="session")
+def reference_student() -> Path:
+    """The trained checkpoint that ships with the package."""
+    return ROOT / "zreward" / "assets" / "reference-student"
+
+
+@pytest.fixture(scope="session")
+def student_bundle(tmp_path_factory: pytest.TempPathFactory, reference_student: Path) -> Path:
+    """The reference student as an fp32 bundle, exported once per test process."""
+    from zreward.export.build import ExportOptions, export_bundle
+
+    path = tmp_path_factory.mktemp("student") / "bundle"
+    return export_bundle(reference_student, path, ExportOptions(parity=False)).path
