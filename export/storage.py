@@ -16,10 +16,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from zreward.bundle import EmbeddingInfo
-from zreward.checkpoint import Checkpoint, float32_from_stored
+from zreward.checkpoint import Checkpoint
 from zreward.errors import ExportError
 from zreward.export.graph import EMBEDDING
 from zreward.export.weights import CheckpointTensor
+from zreward.safetensors_file import float32_from_stored
 
 ByteProgress = Callable[[int], None]
 

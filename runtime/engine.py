@@ -9,6 +9,7 @@ read at each row's last real position, which padding to the right cannot reach.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -131,6 +132,18 @@ class Engine:
         probs = outputs[0].reshape(n_images, n_dimensions, -1)
         mass = outputs[1].reshape(n_images, n_dimensions) if len(outputs) > 1 else None
         return Answers(probs, mass)
+
+    def image_state_bytes(self, prompt: DecoderState, n_tokens: int) -> int:
+        """Bytes that an image of `n_tokens` takes while its questions run: its state, and one per question.
+
+        Twice each, because the decoder returns the states that it is given.
+        """
+        sizes = {"batch": 1, "past": prompt.length + n_tokens + 1}
+        row = sum(
+            math.prod(sizes[d] if isinstance(d, str) else d for d in s.shape) * np.dtype(s.dtype).itemsize
+            for s in self.bundle.manifest.states
+        )
+        return 2 * row * (1 + len(self.contract.dimensions))
 
     def _advance(
         self, state: DecoderState, embeddings: Floats, positions: Ids, next_position: int

@@ -23,7 +23,8 @@ from zreward.image import ImageInput, Patches, preprocess
 from zreward.runtime.engine import DecoderState, Engine
 from zreward.runtime.score import Score
 
-_MAX_BATCH = 8  # images decoded together; bounds memory, and larger batches gain nothing on a CPU
+_MAX_BATCH = 8  # images decoded together; larger batches gain nothing on a CPU
+_MAX_STATE_BYTES = 512 * 1024 * 1024  # nor does a batch whose states exceed this, at any model size
 _CACHED_PROMPTS = 4
 
 Pair = tuple[str, ImageInput]
@@ -113,6 +114,8 @@ class Scorer:
         """Score (prompt, image) pairs of any mix of prompts; otherwise as `score`."""
         if errors not in ("raise", "return"):
             raise UsageError(f"errors must be 'raise' or 'return', not {errors!r}")
+        if not isinstance(pairs, Sequence) or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs):
+            raise UsageError("pairs must be a list of (prompt, image) tuples")
         results: list[Score | ZrewardError] = []
         for start in range(0, len(pairs), _MAX_BATCH):
             chunk = self._score_chunk(pairs[start : start + _MAX_BATCH])
@@ -166,11 +169,16 @@ class Scorer:
     def _score_group(
         self, engine: Engine, prompt: str, patches: list[Patches], grid: tuple[int, int]
     ) -> list[Score | ZrewardError]:
-        features = [engine.encode_image(p) for p in patches]
-        state = engine.image_state(self._prompt_state(engine, prompt), features, grid)
-        answers = engine.answer(state)
-        masses = [None] * len(patches) if answers.label_mass is None else list(answers.label_mass)
-        return [self._score_of(engine, p, m) for p, m in zip(answers.probs, masses, strict=True)]
+        prompt_state = self._prompt_state(engine, prompt)
+        image_bytes = engine.image_state_bytes(prompt_state, patches[0].n_tokens)
+        step = max(1, _MAX_STATE_BYTES // image_bytes)
+        scores: list[Score | ZrewardError] = []
+        for start in range(0, len(patches), step):
+            features = [engine.encode_image(p) for p in patches[start : start + step]]
+            answers = engine.answer(engine.image_state(prompt_state, features, grid))
+            masses = [None] * len(features) if answers.label_mass is None else list(answers.label_mass)
+            scores += [self._score_of(engine, p, m) for p, m in zip(answers.probs, masses, strict=True)]
+        return scores
 
     @staticmethod
     def _score_of(engine: Engine, probs: np.ndarray, mass: np.ndarray | None) -> Score | ZrewardError:

@@ -1,19 +1,16 @@
-"""A checkpoint directory: config, tokenizer, score contract and safetensors weights, read in pieces.
+"""A checkpoint directory: config, tokenizer, score contract and safetensors weights.
 
-Weights are read with plain file reads at the offsets that the safetensors header gives, a few rows at a
-time where asked for, and never mapped: mapped pages stay resident, and an export of a 9B checkpoint
-would then need as much memory as the checkpoint. Format: https://github.com/huggingface/safetensors
-(8 bytes little-endian header length, JSON header, data).
+Opening it reads configuration and headers. Weights are read when they are asked for, whole or a few rows
+at a time, by `zreward.safetensors_file`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,38 +18,19 @@ from numpy.typing import NDArray
 from zreward.contract import CONTRACT_FILE, ScoreContract
 from zreward.errors import CheckpointError
 from zreward.image import ImageSpec
-from zreward.jsonfile import parse_json_object, read_json_object
+from zreward.jsonfile import read_json_object
+from zreward.safetensors_file import (
+    TensorInfo,
+    float32_from_stored,
+    is_count,
+    read_stored,
+    tensors_of_file,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 SUPPORTED_MODEL_TYPES = ("qwen3_5",)
-
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_STORED_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `dtype` is the safetensors name (F32, F16, BF16), `offset` in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def n_bytes(self) -> int:
-        return self.size * _STORED_DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -135,7 +113,7 @@ class Checkpoint:
 
     def _vision_size(self, name: str) -> int:
         value = self.vision_config.get(name)
-        if not _is_count(value) or value < 1:
+        if not is_count(value) or value < 1:
             raise CheckpointError(
                 f"{self.path / CONFIG_FILE}: vision_config.{name} is {value!r}; expected a whole number of "
                 "at least 1"
@@ -160,30 +138,7 @@ class Checkpoint:
 
     def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Like `read`, in the stored type; bfloat16 comes as its uint16 bits."""
-        info = self.info(name)
-        dtype = _STORED_DTYPES[info.dtype]
-        rows = info.shape[0] if info.shape else 1
-        stop = rows if stop is None else min(stop, rows)
-        if not 0 <= start <= stop:
-            raise CheckpointError(f"{info.file}: tensor {name!r} has {rows} rows, not {start} to {stop}")
-        row_size = info.size // rows if rows else 0
-        count = (stop - start) * row_size
-        with info.file.open("rb") as file:
-            file.seek(info.offset + start * row_size * dtype.itemsize)
-            data = file.read(count * dtype.itemsize)
-        if len(data) != count * dtype.itemsize:
-            raise CheckpointError(
-                f"{info.file}: ends inside tensor {name!r}; the file is truncated, copy it again"
-            )
-        values = np.frombuffer(data, dtype=dtype)
-        return values.reshape((stop - start, *info.shape[1:]) if info.shape else ())
-
-
-def float32_from_stored(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Float32 values of an array in a stored type (F32, F16, or BF16 as uint16 bits)."""
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+        return read_stored(self.info(name), start, stop)
 
 
 def _resolve(source: str | Path) -> Path:
@@ -240,73 +195,9 @@ def _read_headers(path: Path, file_names: list[str]) -> dict[str, TensorInfo]:
                 f"{path}: no {file_name}; zreward reads safetensors only (`save_pretrained` writes them), "
                 "never pickled weights"
             )
-        for info in _read_header(file):
+        for info in tensors_of_file(file):
             if info.name in tensors:
                 other = tensors[info.name].file.name
                 raise CheckpointError(f"{path}: tensor {info.name!r} is in {other} and in {file_name}")
             tensors[info.name] = info
     return tensors
-
-
-def _read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one file, in the order of their data."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file}: not a safetensors file, or truncated; copy it again")
-            raw = handle.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    try:
-        header = parse_json_object(raw.decode("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: damaged safetensors header ({error})") from None
-    header.pop("__metadata__", None)
-    tensors = [_tensor_info(file, name, entry, 8 + length) for name, entry in header.items()]
-    tensors.sort(key=lambda info: (info.offset, info.n_bytes))
-    _check_layout(file, tensors, 8 + length, size)
-    return tensors
-
-
-def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: damaged header entry of tensor {name!r}") from None
-    if not isinstance(dtype, str) or dtype not in _STORED_DTYPES:
-        raise CheckpointError(
-            f"{file}: tensor {name!r} has the type {dtype!r}, which is not supported; "
-            f"save the weights as one of {', '.join(_STORED_DTYPES)}"
-        )
-    if not isinstance(shape, list) or not all(_is_count(n) for n in (*shape, begin, end)):
-        raise CheckpointError(f"{file}: tensor {name!r} has a damaged shape or data_offsets")
-    info = TensorInfo(name, dtype, tuple(shape), file, base + begin)
-    if end - begin != info.n_bytes:
-        raise CheckpointError(
-            f"{file}: tensor {name!r} spans {end - begin} bytes, its shape needs {info.n_bytes}"
-        )
-    return info
-
-
-def _check_layout(file: Path, tensors: list[TensorInfo], base: int, file_size: int) -> None:
-    """The tensors must fill the file without gap or overlap, as the format demands."""
-    end = base
-    for info in tensors:
-        if info.offset != end:
-            raise CheckpointError(
-                f"{file}: the data of tensor {info.name!r} overlaps its neighbour or leaves a gap; "
-                "save the weights again"
-            )
-        end += info.n_bytes
-    if end > file_size:
-        raise CheckpointError(f"{file}: ends inside its last tensors; the file is truncated, copy it again")
-    if end < file_size:
-        raise CheckpointError(
-            f"{file}: {file_size - end} bytes after the last tensor; save the weights again"
-        )
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

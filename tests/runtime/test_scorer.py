@@ -127,6 +127,33 @@ def test_a_broken_prompt_among_pairs(scorer: Scorer) -> None:
     assert_same(results[0], results[5])
 
 
+@pytest.mark.parametrize("pairs", ["a fox", [("a fox",)], [noise(0)], iter([("a fox", noise(0))])])
+def test_pairs_that_are_none(scorer: Scorer, pairs: Any) -> None:
+    with pytest.raises(UsageError, match="list of \\(prompt, image\\) tuples"):
+        scorer.score_pairs(pairs)
+
+
+def test_a_small_memory_bound_splits_batches_and_changes_no_score(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [noise(0).rotate(90 * turn) for turn in range(4)]
+    together = scorer.score(prompt="a fox", images=images)
+    rows: list[int] = []
+    run = Engine.answer
+
+    def recorded(engine: Engine, state: Any, dimensions: Any = None) -> Answers:
+        answers = run(engine, state, dimensions)
+        rows.append(len(answers.probs))
+        return answers
+
+    monkeypatch.setattr(Engine, "answer", recorded)
+    monkeypatch.setattr("zreward.runtime.scorer._MAX_STATE_BYTES", 1)
+    alone = scorer.score(prompt="a fox", images=images)
+    assert rows == [1, 1, 1, 1]
+    for first, second in zip(together, alone, strict=True):
+        assert_same(first, second)
+
+
 def test_an_unknown_way_to_treat_errors(scorer: Scorer) -> None:
     with pytest.raises(UsageError, match="'raise' or 'return'"):
         scorer.score_pairs([], errors="ignore")  # type: ignore[call-overload]

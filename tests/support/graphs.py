@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from zreward.checkpoint import Checkpoint, TensorInfo
+from zreward.checkpoint import Checkpoint
 from zreward.export.weights import CheckpointTensor, Layout
+from zreward.safetensors_file import TensorInfo
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import small_contract, write_checkpoint
-from zreward.checkpoint import Checkpoint, float32_from_stored
+from zreward.checkpoint import Checkpoint
 from zreward.contract import ScoreContract
 from zreward.errors import CheckpointError, ContractError
 from zreward.image import ImageSpec
+from zreward.safetensors_file import float32_from_stored
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

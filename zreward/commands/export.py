@@ -49,7 +49,9 @@ def export(
     ] = False,
     parity: Annotated[
         bool | None,
-        typer.Option(help="Compare the bundle with the torch model; by default where torch is installed."),
+        typer.Option(
+            help="Compare the bundle with the torch model; by default up to 300 million parameters."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
