@@ -23,7 +23,7 @@ _PICTURE = 288  # side of the square that each image is fitted into
 _CARD_WIDTH = _PICTURE + 2 * _PAD
 _CHART_WIDTH = (_PICTURE - _PAD) // 2
 _CHART_HEIGHT = 52
-_CHART_BLOCK = _CHART_HEIGHT + 68  # with title, numbers and axis
+_CHART_BLOCK = _CHART_HEIGHT + 74  # with title, numbers and axis
 _LOWEST_CEILING = 0.4  # a full bar is at least this probability, so that flat distributions look flat
 _HEADER = 46  # the line with rank and overall score
 
@@ -113,7 +113,7 @@ def _draw_chart(
     draw.text((left, top + 26), mean, fill=_INK, font=_font(16))
     spread_left = left + draw.textlength(mean, font=_font(16)) + 4
     draw.text((spread_left, top + 28), f"± {distribution.std:.2f}", fill=_GREY, font=_font(13))
-    floor = top + 40 + _CHART_HEIGHT
+    floor = top + 46 + _CHART_HEIGHT
     bins, n = distribution.bins, len(distribution.bins)
     pitch = _CHART_WIDTH / n
     for index, probability in enumerate(distribution.probs):
