@@ -18,22 +18,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from zreward.checkpoint import Checkpoint
 from zreward.contract import ScoreContract
+from zreward.training.reference_model import train_tokenizer
 
 SHARD_BYTES = 2_000_000_000
 VOCABULARY = 248_320
-MARKERS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 
 # Only what differs between the sizes; everything else is the default of Qwen3_5Config, which is the 9B.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
@@ -73,7 +66,9 @@ def main() -> None:
     arguments = parser.parse_args()
     path: Path = arguments.output
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
+    contract = ScoreContract.default()
+    texts = [contract.system_text, *(d.question for d in contract.dimensions)]
+    tokenizer = train_tokenizer(texts, vocabulary=4096)
     tokenizer.save(str(path / "tokenizer.json"))
     config = make_config(arguments.shape, tokenizer)
     config.architectures = ["Qwen3_5ForConditionalGeneration"]
@@ -143,22 +138,6 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
         return (torch.randn(shape, generator=generator) * spread).to(torch.bfloat16)
     offset = 1.0 if "linear_attn.norm" in name or ("visual" in name and name.endswith("norm.weight")) else 0.0
     return (torch.randn(shape, generator=generator) * 0.05 + offset).to(torch.bfloat16)
-
-
-def train_tokenizer() -> Tokenizer:
-    contract = ScoreContract.default()
-    texts = [contract.system_text, *(d.question for d in contract.dimensions)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in MARKERS])
-    tokenizer.add_tokens([AddedToken(m, normalized=False) for m in ("<think>", "</think>")])
-    return tokenizer
 
 
 if __name__ == "__main__":

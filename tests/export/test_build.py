@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import zreward.export.build as build_module
 import zreward.export.worker as worker_module
-from tests.support.models import train_tokenizer, write_checkpoint
+from tests.support.models import write_checkpoint
 from zreward.bundle import Bundle, check_files
 from zreward.checkpoint import Checkpoint
 from zreward.contract import ScoreContract
@@ -40,6 +40,7 @@ from zreward.image import ImageSpec, resized_size
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.runtime import Scorer
 from zreward.runtime.verify import verify_bundle
+from zreward.training.reference_model import train_tokenizer
 
 UNPROVED = ExportOptions(parity=False)
 
@@ -150,7 +151,7 @@ def _damage(checkpoint: Path, damage: str) -> None:
         text = (checkpoint / "tokenizer.json").read_text()
         (checkpoint / "tokenizer.json").write_text(text.replace("<|image_pad|>", "<|picture|>"))
     elif damage == "tokenizer of another model":
-        train_tokenizer(["another text"], size=300).save(str(checkpoint / "tokenizer.json"))
+        train_tokenizer(["another text"], vocabulary=300).save(str(checkpoint / "tokenizer.json"))
     elif damage == "truncated weights":
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif damage == "no weights":

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from zreward.contract import ScoreContract
 from zreward.image import ImageSpec
+from zreward.training.reference_model import SPECIAL_TOKENS, train_tokenizer
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 VOCABULARY = 640
 
 
@@ -139,19 +130,5 @@ def _config(shape: Shape, tokenizer: Tokenizer) -> Qwen3_5Config:
 
 @cache
 def small_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer of about 510 tokens with Qwen's markers and single digits."""
-    return train_tokenizer([ScoreContract.default().system_text], size=500)
-
-
-def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(list(texts), trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
-    return tokenizer
+    """A byte-level BPE tokenizer of at most 512 tokens with Qwen's markers and single digits."""
+    return train_tokenizer([ScoreContract.default().system_text], vocabulary=512)

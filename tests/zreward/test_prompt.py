@@ -17,15 +17,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5Config
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model
 
 from tests.support.models import (
-    SPECIAL_TOKENS,
     small_contract,
     small_tokenizer,
-    train_tokenizer,
     write_checkpoint,
 )
 from zreward.contract import Dimension, ScoreContract
 from zreward.errors import CheckpointError, ContractError, PromptError
 from zreward.prompt import PromptEncoder, image_positions, load_tokenizer, text_positions
+from zreward.training.reference_model import SPECIAL_TOKENS, train_tokenizer
 
 CONTRACT = small_contract(patch=8)
 LEVELS = ("bad", "poor", "fair", "good", "excellent")
@@ -144,7 +143,7 @@ def test_the_image_placeholder_is_control_also_where_it_is_an_ordinary_token() -
 
 def _with_token(text: str) -> Tokenizer:
     """The small tokenizer with `text` as a learned token that is not listed as an added one."""
-    tokenizer = train_tokenizer([CONTRACT.system_text, f"{text} " * 2000], size=500)
+    tokenizer = train_tokenizer([CONTRACT.system_text, f"{text} " * 2000], vocabulary=500)
     assert len(tokenizer.encode(text).ids) == 1
     return tokenizer
 
@@ -176,7 +175,9 @@ def test_a_huge_prompt_is_refused_without_reading_it_all(encoder: PromptEncoder)
 def test_other_judges_answer_with_one_token(
     codes: tuple[str, ...], bins: tuple[float, ...], tmp_path: Path
 ) -> None:
-    tokenizer = train_tokenizer([CONTRACT.system_text, "\n".join((*LEVELS, "yes", "no")) * 500], size=560)
+    tokenizer = train_tokenizer(
+        [CONTRACT.system_text, "\n".join((*LEVELS, "yes", "no")) * 500], vocabulary=560
+    )
     contract = dataclasses.replace(CONTRACT, codes=codes, bins=bins)
     encoder = PromptEncoder(contract, tokenizer)
     assert [tokenizer.decode([i]) for i in encoder.code_ids] == list(codes)
@@ -195,7 +196,7 @@ def test_a_code_of_several_tokens_is_refused(code: str) -> None:
 
 
 def test_codes_that_a_normalizer_makes_equal_are_refused() -> None:
-    tokenizer = train_tokenizer([CONTRACT.system_text], size=500)
+    tokenizer = train_tokenizer([CONTRACT.system_text], vocabulary=500)
     tokenizer.normalizer = normalizers.Lowercase()
     contract = dataclasses.replace(CONTRACT, codes=("A", "a"), bins=(0, 1))
     with pytest.raises(ContractError, match="not a token of its own"):
