@@ -8,6 +8,7 @@ on standard input, progress, then a result or an error on standard output.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -68,7 +69,8 @@ def lower_in_child(job: LoweringJob, report: Progress) -> Lowered:
         child.wait()
         listener.join()  # a pipe must not be closed under its reader
         for pipe in (child.stdin, child.stdout, child.stderr):
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # closing writes what a dead child did not read
+                pipe.close()
 
 
 def main() -> None:
