@@ -35,12 +35,16 @@ IMAGES = {"square": (5, 5), "wide": (2, 12), "tall": (11, 3), "smallest": (2, 2)
 PROMPT = "a red fox jumps over 2 lazy dogs, oil on canvas — détail"
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A random checkpoint of one shape and its fp32 bundle."""
-    index = list(SHAPES).index(request.param)
+@pytest.fixture(scope="module", params=["reference student", *SHAPES])
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_student: Path
+) -> tuple[Path, Path]:
+    """The reference student, or a random checkpoint of one shape, and its fp32 bundle."""
     path = tmp_path_factory.mktemp("parity")
-    checkpoint = write_checkpoint(path / "checkpoint", SHAPES[request.param], seed=index)
+    checkpoint = reference_student
+    if request.param in SHAPES:
+        index = list(SHAPES).index(request.param)
+        checkpoint = write_checkpoint(path / "checkpoint", SHAPES[request.param], seed=index)
     export_bundle(checkpoint, path / "bundle", ExportOptions(parity=False))
     return checkpoint, path / "bundle"
 
