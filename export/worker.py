@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import zreward
@@ -105,7 +106,7 @@ def _end_with_parent() -> None:
 
 def _environment() -> dict[str, str]:
     """The parent's environment, in which the child finds the same zreward."""
-    roots = [os.path.dirname(path) for path in zreward.__path__[:1]]  # noqa: PTH120  # a string is wanted
+    roots = [str(Path(path).parent) for path in zreward.__path__[:1]]
     inherited = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([*roots, *([inherited] if inherited else [])])}
 
