@@ -171,12 +171,11 @@ def _stage_durations(scorer: Scorer, prompt: str, data: bytes) -> dict[str, floa
     marks = [clock()]
     patches = preprocess(data, scorer.bundle.contract.image)
     marks.append(clock())
-    merge, (_, grid_height, grid_width) = patches.merge_size, patches.grid_thw
     features = engine.encode_image(patches)
     marks.append(clock())
     state = engine.prompt_state(prompt)
     marks.append(clock())
-    state = engine.image_state(state, [features], (grid_height // merge, grid_width // merge))
+    state = engine.image_state(state, [features], patches.token_grid)
     marks.append(clock())
     engine.answer(state)
     marks.append(clock())

@@ -23,8 +23,8 @@ from zreward.image import ImageInput, Patches, preprocess
 from zreward.runtime.engine import DecoderState, Engine
 from zreward.runtime.score import Score
 
-_MAX_BATCH = 8  # images decoded together; larger batches gain nothing on a CPU
-_MAX_STATE_BYTES = 512 * 1024 * 1024  # nor does a batch whose states exceed this, at any model size
+_MAX_BATCH = 8  # images decoded together, to bound memory
+_MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
 _CACHED_PROMPTS = 4
 
 Pair = tuple[str, ImageInput]
