@@ -49,3 +49,7 @@ class BackendError(ZrewardError):
 
 class MetricError(ZrewardError, ValueError):
     """A metric is undefined on the data it was given."""
+
+
+class QuantizationError(ZrewardError):
+    """A scheme, a calibration set or a quantized weight is not usable, or the drift of the scores is too large."""

@@ -1,0 +1,186 @@
+"""A quantized weight matrix: whole-number codes, scales and zero points. Every target lowers from this form.
+
+W[o, i] = (codes[o, i] − zeros[o, g(i)]) · scales[o, g(i)], where inputs share a group g of `group_size`
+neighbours. Codes are unsigned; a symmetric weight has the constant zero point 2^(bits−1). Scales are values
+that float16 holds exactly, so that every format stores the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zreward.errors import QuantizationError
+
+BITS = (4, 8)
+SCALE_BITS = 16
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one matrix is stored and multiplied.
+
+    Attributes:
+        bits: of a weight's code, 4 or 8.
+        group_size: neighbouring inputs that share a scale; 0: all inputs of an output share one.
+        symmetric: the zero point is the middle code and is not stored.
+        activations: "float": the product dequantizes the weights; "int8": the inputs are quantized too, a
+            scale per token found at run time, and the product is in whole numbers.
+    """
+
+    bits: int
+    group_size: int = 0
+    symmetric: bool = True
+    activations: str = "float"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise QuantizationError(f"weights of {self.bits} bits are not supported; choose 4 or 8")
+        if self.group_size < 0 or (self.group_size and not 16 <= self.group_size <= 256):
+            raise QuantizationError(
+                f"group size {self.group_size} is not supported; choose 16 to 256, or 0 for whole rows"
+            )
+        if self.group_size & (self.group_size - 1):
+            raise QuantizationError(f"group size {self.group_size} is not a power of two")
+        if self.activations not in ("float", "int8"):
+            raise QuantizationError(f"activations {self.activations!r} are neither 'float' nor 'int8'")
+        if self.activations == "int8" and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
+            raise QuantizationError("8-bit activations need symmetric 8-bit weights with a scale per output")
+
+    @property
+    def max_code(self) -> int:
+        return int(2**self.bits - 1)
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric weight."""
+        return int(2 ** (self.bits - 1))
+
+    def n_groups(self, in_features: int) -> int:
+        """Groups of a row.
+
+        Raises:
+            QuantizationError: the group size does not divide the inputs.
+        """
+        if not self.group_size:
+            return 1
+        if in_features % self.group_size:
+            raise QuantizationError(
+                f"group size {self.group_size} does not divide {in_features} inputs; choose a smaller power of two"
+            )
+        return in_features // self.group_size
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits a weight, with 16-bit scales and zero points of `bits` bits."""
+        overhead = SCALE_BITS + (0 if self.symmetric else self.bits)
+        return self.bits + overhead * self.n_groups(in_features) / in_features
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized matrix of a linear layer.
+
+    Attributes:
+        format: bits, groups and symmetry.
+        codes: uint8 [out, in], one code an element whatever the bits.
+        scales: float32 [out, groups], positive, values that float16 holds.
+        zeros: uint8 [out, groups]; all `format.middle` where symmetric.
+        order: where not None, int64 [in]: column j of `codes` is input `order[j]` (act-order checkpoints).
+    """
+
+    format: WeightFormat
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8]
+    order: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or self.codes.dtype != np.uint8:
+            raise QuantizationError(f"codes must be uint8 [out, in], not {_described(self.codes)}")
+        expected = (self.codes.shape[0], self.format.n_groups(self.codes.shape[1]))
+        if self.scales.shape != expected or self.scales.dtype != np.float32:
+            raise QuantizationError(f"scales must be float32 {expected}, not {_described(self.scales)}")
+        if self.zeros.shape != expected or self.zeros.dtype != np.uint8:
+            raise QuantizationError(f"zero points must be uint8 {expected}, not {_described(self.zeros)}")
+        if not (np.isfinite(self.scales).all() and (self.scales > 0).all()):
+            raise QuantizationError("scales must be positive and finite; the checkpoint is damaged")
+        if self.codes.size and int(self.codes.max()) > self.format.max_code:
+            raise QuantizationError(
+                f"a code exceeds {self.format.max_code}, the largest of {self.format.bits} bits"
+            )
+        if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(self.codes.shape[1])):
+            raise QuantizationError("the order of the inputs is not a permutation; the checkpoint is damaged")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def n_bits(self) -> int:
+        """Stored bits: codes, scales and, where asymmetric, zero points."""
+        return math.ceil(self.format.bits_per_weight(self.codes.shape[1]) * self.codes.size)
+
+    def dequantized(self) -> NDArray[np.float32]:
+        """The matrix that the codes stand for, float32 [out, in], inputs in their own order."""
+        out, inputs = self.codes.shape
+        groups = self.scales.shape[1]
+        grouped = self.codes.reshape(out, groups, inputs // groups).astype(np.float32)
+        values = (grouped - self.zeros[:, :, None].astype(np.float32)) * self.scales[:, :, None]
+        flat: NDArray[np.float32] = values.reshape(out, inputs)
+        if self.order is None:
+            return flat
+        restored = np.empty_like(flat)
+        restored[:, self.order] = flat
+        return restored
+
+
+@dataclass(frozen=True)
+class CodebookFormat:
+    """4-bit codes into a table of 16 values, as bitsandbytes stores NF4 and FP4.
+
+    Attributes:
+        name: "nf4" or "fp4".
+        block_size: consecutive elements of the flattened [out, in] matrix that share a scale.
+    """
+
+    name: str
+    block_size: int
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits a weight with float32 scales."""
+        return 4 + 32 / self.block_size
+
+
+@dataclass(frozen=True)
+class CodebookWeight:
+    """A matrix in a codebook format: W.flat[e] = table[codes.flat[e]] · scales[e // block_size].
+
+    Attributes:
+        format: which table, and the block size.
+        codes: uint8 [out, in], 0 to 15.
+        scales: float32 [ceil(out·in / block_size)].
+        table: float32 [16].
+    """
+
+    format: CodebookFormat
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    table: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantized(self) -> NDArray[np.float32]:
+        """The matrix that the codes stand for, float32 [out, in]."""
+        scales = np.repeat(self.scales, self.format.block_size)[: self.codes.size]
+        values: NDArray[np.float32] = self.table[self.codes.reshape(-1)] * scales
+        return values.reshape(self.codes.shape)
+
+
+def _described(array: NDArray[Any]) -> str:
+    return f"{array.dtype} {list(array.shape)}"
