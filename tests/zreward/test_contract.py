@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zreward.contract import CONTRACT_FILE, ChatTemplate, Dimension, ScoreContract
+from zreward.contract import CONTRACT_FILE, ChatTemplate, Dimension, DriftLimits, ScoreContract
 from zreward.errors import ContractError
 from zreward.image import ImageSpec
 
@@ -25,6 +25,7 @@ Place = tuple[str | int, ...]
 
 names = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
 finite = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(1e-6, 1e6)
 dimensions = st.builds(
     Dimension,
     name=names,
@@ -55,6 +56,7 @@ def contracts(draw: st.DrawFn) -> ScoreContract:
         template=draw(templates),
         image=ImageSpec(patch_size=draw(st.integers(1, 32)), max_pixels=draw(st.integers(65536, 10**9))),
         max_prompt_tokens=draw(st.integers(1, 10**6)),
+        drift=DriftLimits(draw(positive), draw(positive), draw(st.floats(1e-6, 1.0)), draw(positive)),
     )
 
 
@@ -91,7 +93,7 @@ def changed(place: Place, value: Any) -> dict[str, Any]:
 
 
 LEAVES = [(p, v) for p, v in leaves(plain(DEFAULT)) if p not in (("schema",), ("version",))]
-OBJECTS: list[Place] = [(), ("template",), ("image",), ("dimensions", 2)]
+OBJECTS: list[Place] = [(), ("template",), ("image",), ("dimensions", 2), ("drift",)]
 
 
 def test_the_default_contract_is_that_of_z_reward() -> None:
@@ -264,6 +266,30 @@ def test_malformed_dimensions_are_refused(change: dict[str, Any], message: str) 
 def test_malformed_templates_are_refused(change: dict[str, str]) -> None:
     with pytest.raises(ContractError, match="template"):
         dataclasses.replace(DEFAULT.template, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean_abs_difference": 0.0}, r"drift\.mean_abs_difference must be > 0"),
+        ({"p99_abs_difference": -0.1}, r"drift\.p99_abs_difference must be > 0"),
+        ({"mean_kl": math.nan}, r"drift\.mean_kl must be a finite number"),
+        ({"mean_abs_difference": math.inf}, "finite"),
+        ({"mean_kl": "0.03"}, "finite number"),
+        ({"mean_kl": True}, "finite number"),
+        ({"pair_flips": 2}, "a share and at most 1"),
+    ],
+)
+def test_malformed_drift_limits_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        DriftLimits(**change)
+
+
+def test_a_contract_without_drift_limits_has_the_default_ones() -> None:
+    data = plain(DEFAULT)
+    del data["drift"]
+    assert ScoreContract.from_dict(data).sha256 == DEFAULT.sha256
+    assert ScoreContract.from_dict(data).drift == DriftLimits()
 
 
 def test_an_unknown_dimension_is_answered_with_the_known_ones() -> None:

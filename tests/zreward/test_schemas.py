@@ -23,7 +23,7 @@ from zreward.bundle import (
     ParityInfo,
     StateInfo,
 )
-from zreward.contract import ChatTemplate, Dimension, ScoreContract
+from zreward.contract import ChatTemplate, Dimension, DriftLimits, ScoreContract
 from zreward.errors import BundleError, ContractError
 from zreward.export import ExportOptions, export_bundle
 from zreward.image import ImageSpec
@@ -95,6 +95,7 @@ def test_the_schemas_are_schemas_with_a_description_of_every_property(value: Jso
         (CONTRACT["$defs"]["dimension"], Dimension),
         (CONTRACT["$defs"]["template"], ChatTemplate),
         (CONTRACT["$defs"]["image"], ImageSpec),
+        (CONTRACT["$defs"]["drift"], DriftLimits),
         (MANIFEST, Manifest),
         (MANIFEST["properties"]["model"], ModelInfo),
         (MANIFEST["properties"]["embedding"], EmbeddingInfo),
@@ -195,6 +196,8 @@ def test_what_a_manifest_may_not_say(manifest: Json, place: Place, new: object) 
         (("image", "mean"), [0.5, 0.5]),
         (("image", "patch_size"), 0),
         (("max_prompt_tokens",), 0),
+        (("drift", "mean_kl"), 0),
+        (("drift", "pair_flips"), 1.5),
     ],
 )
 def test_what_a_contract_may_not_say(contract: Json, place: Place, new: object) -> None:
