@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 import zreward
 from zreward.bundle import (
@@ -29,18 +34,32 @@ from zreward.contract import ScoreContract
 from zreward.errors import BackendError, CheckpointError, ExportError, UsageError
 from zreward.export.job import TARGETS, WEIGHT_TYPES, Lowered, LoweringJob, Progress
 from zreward.export.parity import golden_scores, parity_with_reference, write_golden_images
-from zreward.export.staging import staged_directory
+from zreward.export.quantized import (
+    QuantizationOptions,
+    QuantizationPlan,
+    judge,
+    plan_quantization,
+    probabilities,
+    write_drift,
+)
 from zreward.export.worker import lower_in_child
 from zreward.image import MAX_ASPECT_RATIO
 from zreward.jsonfile import write_json
 from zreward.prompt import TOKENIZER_FILE, PromptEncoder, load_tokenizer
+from zreward.quant.formats import open_checkpoint
+from zreward.staging import staged_directory
 
 GOLDEN_TOLERANCE = 2e-3
 """Bin probabilities move by about 1e-6 between processors in float32; a wrong weight moves them by 0.1."""
+_STORE = "quantized"
 PARITY_LIMITS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
 """A bundle further than this from transformers is not written: the graph is then wrong, not rounded."""
 PARITY_MAX_PARAMETERS = 300_000_000
 """Above it, parity runs only when asked for: transformers needs 4 bytes a parameter beside the engine."""
+
+
+QUANTIZED_TOLERANCE = 2e-2
+"""Sums of whole numbers are exact everywhere, but a scale that differs in its last bit moves a rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class ExportOptions:
         label_mass: also output how much of the vocabulary's probability the codes hold.
         parity: compare with transformers; None does so up to 300 million parameters.
         force: replace an existing bundle.
+        quantization: None exports the weights as the checkpoint has them.
     """
 
     weights: str = "fp32"
@@ -60,6 +80,7 @@ class ExportOptions:
     label_mass: bool = False
     parity: bool | None = None
     force: bool = False
+    quantization: QuantizationOptions | None = None
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_TYPES:
@@ -92,10 +113,11 @@ def export_bundle(
     options = options or ExportOptions()
     report = progress or (lambda stage, done, total: None)
     versions = _versions()
-    source = Checkpoint.open(checkpoint)
+    source = open_checkpoint(checkpoint)
     contract = source.contract()
     encoder = PromptEncoder(contract, load_tokenizer(source.path))
     _check_tokenizer(source, encoder)
+    plan = plan_quantization(source, options.quantization) if options.quantization else None
     with staged_directory(Path(output), replace=options.force) as staging:
         job = LoweringJob(
             checkpoint=str(source.path),
@@ -107,13 +129,53 @@ def export_bundle(
             bins=contract.bins,
             n_positions=_reachable_positions(contract, encoder),
         )
-        lowered = lower_in_child(job, report)
-        contract.save(staging.path)
-        (staging.path / TOKENIZER_FILE).write_bytes((source.path / TOKENIZER_FILE).read_bytes())
-        draft = _draft(source, contract, options, lowered, versions, staging.path)
-        write_manifest(staging.path, _prove(source, contract, options, draft, staging.path, report))
+        before = _score_unquantized(source, job, plan, versions, report) if plan else None
+        bundle, lowered = _lower(source, _quantizing(job, plan), versions, report)
+        shutil.rmtree(staging.path / _STORE, ignore_errors=True)
+        manifest = _prove(source, options, bundle, report)
+        if plan and before:
+            write_drift(bundle, judge(bundle, plan, *before, lowered, report))
+        write_manifest(staging.path, dataclasses.replace(manifest, files=file_entries(staging.path)))
         staging.commit()
     return Bundle.open(output)
+
+
+def _lower(
+    source: Checkpoint, job: LoweringJob, versions: Mapping[str, str], report: Progress
+) -> tuple[Bundle, Lowered]:
+    """The graphs and everything else that scoring needs, as a bundle that is not yet proved."""
+    lowered = lower_in_child(job, report)
+    path, contract = Path(job.output), source.contract()
+    contract.save(path)
+    (path / TOKENIZER_FILE).write_bytes((source.path / TOKENIZER_FILE).read_bytes())
+    draft = _draft(source, contract, job, lowered, versions)
+    return Bundle(path, draft, contract, sha256=""), lowered
+
+
+def _score_unquantized(
+    source: Checkpoint,
+    job: LoweringJob,
+    plan: QuantizationPlan,
+    versions: Mapping[str, str],
+    report: Progress,
+) -> tuple[NDArray[np.float64], int] | None:
+    """Probabilities of the held-out items before quantization, and the bytes of the weights."""
+    if not plan.held_out:
+        return None
+    with tempfile.TemporaryDirectory(dir=job.output) as folder:
+        unquantized = dataclasses.replace(job, output=folder, target="cpu", label_mass=False)
+        bundle, lowered = _lower(source, unquantized, versions, report)
+        stage = "scoring the unquantized model"
+        return probabilities(bundle, plan.held_out, stage, report), lowered.weight_bytes
+
+
+def _quantizing(job: LoweringJob, plan: QuantizationPlan | None) -> LoweringJob:
+    """The job with its quantization, whose store lies inside the staged directory until it is lowered."""
+    if plan is None:
+        return job
+    store = Path(job.output) / _STORE
+    store.mkdir()
+    return dataclasses.replace(job, quantization=plan.job(store))
 
 
 def _versions() -> dict[str, str]:
@@ -142,59 +204,53 @@ def _check_tokenizer(source: Checkpoint, encoder: PromptEncoder) -> None:
 def _draft(
     source: Checkpoint,
     contract: ScoreContract,
-    options: ExportOptions,
+    job: LoweringJob,
     lowered: Lowered,
     versions: Mapping[str, str],
-    path: Path,
 ) -> Manifest:
     """The manifest before anything is proved: no parity, and files without hashes."""
-    listed = {p.name: FileEntry(0, "") for p in path.iterdir()} | {GOLDEN_FILE: FileEntry(0, "")}
+    files = (p for p in Path(job.output).iterdir() if p.is_file())
+    listed = {p.name: FileEntry(0, "") for p in files} | {GOLDEN_FILE: FileEntry(0, "")}
+    tolerance = GOLDEN_TOLERANCE if lowered.quantization is None else QUANTIZED_TOLERANCE
     return Manifest(
-        target=options.target,
-        weights=options.weights,
+        target=job.target,
+        weights=job.weights,
         contract_sha256=contract.sha256,
         model=ModelInfo(str(source.config["model_type"]), source.n_parameters, lowered.embedding.shape[1]),
         graphs={"vision": "vision.onnx", "decoder": "decoder.onnx"},
         embedding=lowered.embedding,
         states=lowered.states,
-        golden=GoldenInfo(GOLDEN_FILE, GOLDEN_TOLERANCE),
-        label_mass=options.label_mass,
+        golden=GoldenInfo(GOLDEN_FILE, tolerance),
+        label_mass=job.label_mass,
         versions=versions,
         files=listed,
+        quantization=lowered.quantization,
     )
 
 
-def _prove(
-    source: Checkpoint,
-    contract: ScoreContract,
-    options: ExportOptions,
-    draft: Manifest,
-    path: Path,
-    report: Progress,
-) -> Manifest:
-    """Score the golden inputs, compare with transformers if that is asked for, hash every file."""
+def _prove(source: Checkpoint, options: ExportOptions, bundle: Bundle, report: Progress) -> Manifest:
+    """Score the golden inputs, and compare with transformers if that is asked for."""
     report("scoring golden inputs", 0, 1)
-    bundle = Bundle(path, draft, contract, sha256="")
-    names = write_golden_images(path, contract.image)
+    names = write_golden_images(bundle.path, bundle.contract.image)
     golden = golden_scores(bundle, names)
-    write_json(path / GOLDEN_FILE, {"items": [dataclasses.asdict(item) for item in golden.items]})
+    write_json(bundle.path / GOLDEN_FILE, {"items": [dataclasses.asdict(item) for item in golden.items]})
     report("scoring golden inputs", 1, 1)
-    parity = None
     with_parity = options.parity
     if with_parity is None:
         with_parity = source.n_parameters <= PARITY_MAX_PARAMETERS
-    if with_parity:
-        report("comparing with transformers", 0, 1)
-        parity = parity_with_reference(source.path, bundle, golden)
-        limit = PARITY_LIMITS[options.weights]
-        if not parity.max_difference <= limit:
-            raise ExportError(
-                f"{source.path}: the exported graph differs from transformers by "
-                f"{parity.max_difference:.2e} in a bin probability, more than {limit:.0e}; no bundle was "
-                "written. Please report this with the checkpoint's config.json"
-            )
-        report("comparing with transformers", 1, 1)
-    return dataclasses.replace(draft, parity=parity, files=file_entries(path))
+    if not with_parity or bundle.manifest.quantization is not None:
+        return bundle.manifest
+    report("comparing with transformers", 0, 1)
+    parity = parity_with_reference(source.path, bundle, golden)
+    limit = PARITY_LIMITS[options.weights]
+    if not parity.max_difference <= limit:
+        raise ExportError(
+            f"{source.path}: the exported graph differs from transformers by "
+            f"{parity.max_difference:.2e} in a bin probability, more than {limit:.0e}; no bundle was "
+            "written. Please report this with the checkpoint's config.json"
+        )
+    report("comparing with transformers", 1, 1)
+    return dataclasses.replace(bundle.manifest, parity=parity)
 
 
 def _reachable_positions(contract: ScoreContract, encoder: PromptEncoder) -> int:

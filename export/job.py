@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zreward.bundle import EmbeddingInfo, StateInfo
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, done, total), in bytes while weights are written."""
 
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "onnx")
 WEIGHT_TYPES = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class QuantizationJob:
+    """How the child quantizes before it lowers.
+
+    Attributes:
+        scheme: see `zreward.quant.scheme`.
+        method: of `zreward.quant.quantize`.
+        budget: stored bits per quantized weight that formats are mixed up to, or None.
+        calibration: JSONL file, "scenes" for synthetic ones, or None for methods that need no data.
+        device: where calibration runs.
+        store: existing, empty directory for the quantized weights.
+    """
+
+    scheme: str
+    method: str
+    budget: float | None
+    calibration: str | None
+    device: str
+    store: str
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,7 @@ class LoweringJob:
         code_ids: rows of the language head, in bin order.
         bins: their score values.
         n_positions: rotary positions that a sequence of the contract can reach.
+        quantization: None lowers the weights as they are.
     """
 
     checkpoint: str
@@ -37,11 +60,18 @@ class LoweringJob:
     code_ids: tuple[int, ...]
     bins: tuple[float, ...]
     n_positions: int
+    quantization: QuantizationJob | None = None
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was written: the decoder's states and the embedding, as the manifest lists them."""
+    """What was written: the decoder's states and the embedding, as the manifest lists them.
+
+    `weight_bytes` are those of both graphs. `quantization` is the manifest's entry, None where no weight is
+    quantized.
+    """
 
     states: tuple[StateInfo, ...]
     embedding: EmbeddingInfo
+    weight_bytes: int
+    quantization: Mapping[str, Any] | None = None

@@ -13,10 +13,12 @@ from zreward.bundle import StateInfo
 from zreward.checkpoint import Checkpoint
 from zreward.errors import ExportError
 from zreward.export.graph import EMBEDDING, graphs_from_checkpoint
-from zreward.export.job import Lowered, LoweringJob, Progress
+from zreward.export.job import Lowered, LoweringJob, Progress, QuantizationJob
 from zreward.export.passes.weight_storage import STORED_TYPES
 from zreward.export.storage import graph_weight_bytes, write_embedding, write_graph
-from zreward.export.targets.cpu import lower_to_cpu
+from zreward.export.targets import LOWERINGS
+from zreward.quant.formats import open_checkpoint
+from zreward.quant.source import QuantizedCheckpoint
 
 
 def lower_checkpoint(job: LoweringJob, report: Progress) -> Lowered:
@@ -26,22 +28,27 @@ def lower_checkpoint(job: LoweringJob, report: Progress) -> Lowered:
         CheckpointError: a weight is missing or the file is cut short.
         ExportError: the graphs cannot be built, or a weight is not finite or out of the stored range.
     """
-    source, path = Checkpoint.open(job.checkpoint), Path(job.output)
+    source, path = open_checkpoint(job.checkpoint), Path(job.output)
+    if job.quantization is not None:
+        source = _quantized(source, job.quantization, report)
+    quantized = source.weights if isinstance(source, QuantizedCheckpoint) else None
     report("building the graphs", 0, 1)
     graphs = graphs_from_checkpoint(source)
-    lower_to_cpu(
+    LOWERINGS[job.target](
         graphs,
         code_ids=job.code_ids,
         bins=job.bins,
         n_positions=job.n_positions,
         stored_type=STORED_TYPES[job.weights],
         label_mass=job.label_mass,
+        quantized=quantized,
     )
     states = _states(graphs.decoder)
     report("building the graphs", 1, 1)
 
     embedding_bytes = source.info(EMBEDDING).n_bytes
-    total = graph_weight_bytes(graphs.vision) + graph_weight_bytes(graphs.decoder) + embedding_bytes
+    weight_bytes = graph_weight_bytes(graphs.vision) + graph_weight_bytes(graphs.decoder)
+    total = weight_bytes + embedding_bytes
     done = 0
 
     def wrote(n_bytes: int) -> None:
@@ -51,7 +58,18 @@ def lower_checkpoint(job: LoweringJob, report: Progress) -> Lowered:
 
     write_graph(graphs.vision, path / "vision.onnx", wrote)
     write_graph(graphs.decoder, path / "decoder.onnx", wrote)
-    return Lowered(states, write_embedding(source, path / "embedding.bin", wrote))
+    embedding = write_embedding(source, path / "embedding.bin", wrote)
+    return Lowered(states, embedding, weight_bytes, quantized.summary() if quantized else None)
+
+
+def _quantized(source: Checkpoint, job: QuantizationJob, report: Progress) -> QuantizedCheckpoint:
+    """Quantize into the job's store; the calibrated methods import torch's model code, so only here."""
+    from zreward.quant.calibrate import calibration_items
+    from zreward.quant.quantize import QuantizeOptions, quantize
+
+    options = QuantizeOptions(job.scheme, job.method, job.budget, job.device)
+    items = calibration_items(job.calibration) if job.calibration else ()
+    return quantize(source, Path(job.store), options, items, report)
 
 
 def _states(decoder: ir.Model) -> tuple[StateInfo, ...]:

@@ -19,7 +19,7 @@ from zreward.bundle import EmbeddingInfo
 from zreward.checkpoint import Checkpoint
 from zreward.errors import ExportError
 from zreward.export.graph import EMBEDDING
-from zreward.export.weights import CheckpointTensor
+from zreward.export.weights import StreamedTensor
 from zreward.safetensors_file import float32_from_stored
 
 ByteProgress = Callable[[int], None]
@@ -39,23 +39,13 @@ def write_graph(model: ir.Model, path: Path, wrote: ByteProgress) -> None:
     with data_path.open("wb") as file:
         for value in list(model.graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+            if tensor is None:
                 continue
-            offset = _align(file)
-            blocks = tensor.blocks() if isinstance(tensor, CheckpointTensor) else [_raw_bytes(tensor)]
-            length = _write_blocks(file, blocks, wrote)
-            value.const_value = ir.ExternalTensor(
-                data_path.name,
-                offset,
-                length,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=str(value.name),
-            )
+            if tensor.nbytes >= _INLINE_BYTES:
+                value.const_value = _write_external(file, tensor, str(value.name), wrote)
+            elif isinstance(tensor, StreamedTensor):
+                value.const_value = tensor.in_memory()
         _sync(file)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, CheckpointTensor):
-            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
     proto = ir.serde.serialize_model(model)
     with path.open("wb") as file:
         file.write(proto.SerializeToString())
@@ -86,6 +76,17 @@ def write_embedding(checkpoint: Checkpoint, path: Path, wrote: ByteProgress) -> 
             _write_blocks(file, [block], wrote)
         _sync(file)
     return EmbeddingInfo(path.name, _EMBEDDING_DTYPES[info.dtype], (info.shape[0], info.shape[1]))
+
+
+def _write_external(
+    file: BinaryIO, tensor: ir.TensorProtocol, name: str, wrote: ByteProgress
+) -> ir.ExternalTensor:
+    """Append `tensor` to `file`, aligned; returns the tensor that points there."""
+    offset = _align(file)
+    blocks = tensor.blocks() if isinstance(tensor, StreamedTensor) else [_raw_bytes(tensor)]
+    length = _write_blocks(file, blocks, wrote)
+    location, shape = Path(file.name).name, ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(location, offset, length, tensor.dtype, shape=shape, name=name)
 
 
 def _write_blocks(file: BinaryIO, blocks: Iterable[NDArray[Any]], wrote: ByteProgress) -> int:

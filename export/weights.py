@@ -1,13 +1,15 @@
 """Weights that stay in the checkpoint until the moment they are written.
 
-`CheckpointTensor` is an onnx_ir tensor that knows where its values lie and how they are laid out in the
-graph. Passes change its layout or stored type without reading anything; `zreward.export.storage` reads it
-block by block when it writes the external data, so an export never holds more than one matrix.
+A `StreamedTensor` is an onnx_ir tensor whose values come in blocks when `zreward.export.storage` writes them,
+so an export never holds more than one matrix. `CheckpointTensor` knows where a float weight lies and how it
+is laid out in the graph; passes change its layout or stored type without reading anything. The parts of a
+quantized weight are streamed tensors too (`zreward.export.packed_weights`).
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,8 +49,23 @@ class Layout:
     dtype: ir.DataType = ir.DataType.FLOAT
 
 
-class CheckpointTensor(ir.LazyTensor):
-    """A lazily read weight of the graph; nothing is cached."""
+class StreamedTensor(ir.LazyTensor):
+    """A tensor of the graph that is read when it is written; nothing is cached."""
+
+    def __init__(self, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> None:
+        super().__init__(self.in_memory, dtype, ir.Shape(shape), name=name)
+
+    @abstractmethod
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """The values in storage order: C-contiguous, little-endian, elements below 8 bits packed."""
+
+    @abstractmethod
+    def in_memory(self) -> ir.TensorProtocol:
+        """All values as one tensor in memory."""
+
+
+class CheckpointTensor(StreamedTensor):
+    """A float weight of the checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, name: str) -> None:
         self.checkpoint = checkpoint
@@ -60,7 +77,7 @@ class CheckpointTensor(ir.LazyTensor):
             shape = (len(layout.rows), *shape[1:])
         if layout.transpose:
             shape = (shape[1], shape[0])
-        super().__init__(self._read_all, layout.dtype, ir.Shape(shape), name=name)
+        super().__init__(layout.dtype, shape, name)
 
     def with_layout(self, name: str | None = None, **changes: Any) -> CheckpointTensor:
         """The same weight laid out otherwise, for example `with_layout(transpose=True)`."""
@@ -84,7 +101,7 @@ class CheckpointTensor(ir.LazyTensor):
         for start in range(0, info.shape[0], step):
             yield self._converted(self.checkpoint.read(layout.source, start, start + step))
 
-    def _read_all(self) -> ir.TensorProtocol:
+    def in_memory(self) -> ir.TensorProtocol:
         values = np.concatenate([block.reshape(-1) for block in self.blocks()])
         return ir.Tensor(values.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 

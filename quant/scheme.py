@@ -19,7 +19,6 @@ error: nothing is quantized, or left out, without a reason.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -81,13 +80,13 @@ class Scheme:
 
     Attributes:
         text: as it was written.
-        default: format of every product that no exception names; None: not quantized.
-        exceptions: (pattern, format) in the order they are tried; patterns name layers, without ".weight".
+        default: name of the format of every product that no exception names.
+        exceptions: (pattern, format name) in the order they are tried; patterns name layers, without ".weight".
     """
 
     text: str
-    default: WeightFormat | None
-    exceptions: tuple[tuple[str, WeightFormat | None], ...] = ()
+    default: str
+    exceptions: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def parse(text: str) -> Scheme:
@@ -102,8 +101,10 @@ class Scheme:
             pattern, separator, name = part.partition("=")
             if not separator or not pattern:
                 raise QuantizationError(f"scheme {text!r}: {part!r} is not PATTERN=FORMAT")
-            exceptions.append((pattern.strip(), parse_format(name.strip())))
-        return Scheme(text, parse_format(first), tuple(exceptions))
+            exceptions.append((pattern.strip(), name.strip()))
+        for name in (first, *(name for _, name in exceptions)):
+            parse_format(name)
+        return Scheme(text, first, tuple(exceptions))
 
 
 @dataclass(frozen=True)
@@ -180,17 +181,17 @@ def resolve(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> Table:
     unused = {pattern for pattern, _ in scheme.exceptions}
     for tensor, shape in shapes.items():
         rule, layer = rule_for(tensor), tensor.removesuffix(".weight")
-        named = [(p, f) for p, f in scheme.exceptions if fnmatchcase(layer, p)]
+        named = [(p, name) for p, name in scheme.exceptions if fnmatchcase(layer, p)]
         if not rule.quantizable:
             kept[tensor] = rule.reason
             _refuse_kept(named, layer, rule)
             continue
         unused -= {pattern for pattern, _ in named}
         chosen = named[0][1] if named else scheme.default
-        if chosen is None:
+        if chosen == "none":
             kept[tensor] = "the scheme leaves it as it is"
         else:
-            formats[tensor] = _fitted(chosen, layer, shape[1], scheme.text)
+            formats[tensor] = _fitted(chosen, layer, shape[1])
     if unused:
         raise QuantizationError(
             f"scheme {scheme.text!r}: {sorted(unused)[0]!r} names no layer of this checkpoint"
@@ -200,22 +201,29 @@ def resolve(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> Table:
     return Table(scheme.text, formats, kept)
 
 
-def _refuse_kept(named: Iterable[tuple[str, WeightFormat | None]], layer: str, rule: Rule) -> None:
+def block_formats(table: Table, prefix: str) -> dict[str, WeightFormat]:
+    """Formats of the quantized layers under `prefix`, by the rest of their names without ".weight"."""
+    return {
+        name.removeprefix(prefix).removesuffix(".weight"): chosen
+        for name, chosen in table.formats.items()
+        if name.startswith(prefix)
+    }
+
+
+def _refuse_kept(named: Iterable[tuple[str, str]], layer: str, rule: Rule) -> None:
     """An exception without wildcards that names a tensor which must stay is a mistake; `*` may pass over it."""
-    for pattern, chosen in named:
-        if pattern == layer and chosen is not None:
+    for pattern, name in named:
+        if pattern == layer and name != "none":
             raise QuantizationError(f"{layer} stays as it is: {rule.reason}")
 
 
-def _fitted(chosen: WeightFormat, layer: str, in_features: int, text: str) -> WeightFormat:
-    """`chosen` with a group size that divides `in_features`."""
-    size = chosen.group_size
-    if size and in_features % size and f"-g{size}" not in text:
-        size = math.gcd(size, in_features)
-        if size < 16:
-            raise QuantizationError(f"{layer}: {in_features} inputs cannot be cut into groups of 16 or more")
-        chosen = WeightFormat(chosen.bits, size, chosen.symmetric, chosen.activations)
+def _fitted(name: str, layer: str, in_features: int) -> WeightFormat:
+    """The format `name` for one layer; a group size that the name leaves open is made to divide the inputs."""
+    chosen = parse_format(name)
+    assert chosen is not None
     try:
+        if "-g" not in name:
+            return chosen.fitted(in_features)
         chosen.n_groups(in_features)
     except QuantizationError as error:
         raise QuantizationError(f"{layer}: {error}") from None

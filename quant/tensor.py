@@ -8,7 +8,7 @@ that float16 holds exactly, so that every format stores the same numbers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,15 @@ class WeightFormat:
         symmetric: the zero point is the middle code and is not stored.
         activations: "float": the product dequantizes the weights; "int8": the inputs are quantized too, a
             scale per token found at run time, and the product is in whole numbers.
+        act_order: the codes have their inputs in another order than the layer, which `QuantizedWeight.order`
+            tells. It is known before the weight is read, because a graph must reorder its activations.
     """
 
     bits: int
     group_size: int = 0
     symmetric: bool = True
     activations: str = "float"
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -73,6 +76,17 @@ class WeightFormat:
                 f"group size {self.group_size} does not divide {in_features} inputs; choose a smaller power of two"
             )
         return in_features // self.group_size
+
+    def fitted(self, in_features: int) -> WeightFormat:
+        """This format with the group size halved until it divides the inputs.
+
+        Raises:
+            QuantizationError: groups would have fewer than 16 inputs.
+        """
+        size = math.gcd(self.group_size, in_features) if self.group_size else 0
+        if self.group_size and size < 16:
+            raise QuantizationError(f"{in_features} inputs cannot be cut into groups of 16 or more")
+        return replace(self, group_size=size)
 
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits a weight, with 16-bit scales and zero points of `bits` bits."""

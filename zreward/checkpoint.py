@@ -131,13 +131,19 @@ class Checkpoint:
         """Rows `start` to `stop` of a tensor as float32, [stop − start, …].
 
         Raises:
-            CheckpointError: no such tensor, no such rows, or the file ends inside it.
+            CheckpointError: no such tensor, no such rows, the file ends inside it, or it holds codes of a
+                quantized checkpoint.
         """
         info = self.info(name)
+        if not info.is_float:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} holds {info.dtype}, which is no weight by itself; is this a "
+                "quantized checkpoint whose config.json lacks its quantization_config?"
+            )
         return float32_from_stored(self.read_stored(name, start, stop), info.dtype)
 
     def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Like `read`, in the stored type; bfloat16 comes as its uint16 bits."""
+        """Like `read`, in the stored type, whatever it is; bfloat16 comes as its uint16 bits."""
         return read_stored(self.info(name), start, stop)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from zreward import __version__
-from zreward.commands import bench, bundles, data, demo, evaluate, export, score
+from zreward.commands import bench, bundles, data, demo, evaluate, export, quantize, score
 from zreward.commands.console import say
 from zreward.errors import ZrewardError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("export")(export.export)
+app.command("quantize")(quantize.quantize)
 app.command("contract")(export.contract)
 app.command("inspect")(bundles.inspect)
 app.command("verify")(bundles.verify)

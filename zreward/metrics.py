@@ -90,20 +90,43 @@ def hpa(pred: ArrayLike, truth: ArrayLike, groups: ArrayLike, margin: float = 0.
     Raises:
         MetricError: Malformed input as for ``plcc`` (constants are fine), or no pair qualifies.
     """
+    credit, pairs = hpa_per_prompt(pred, truth, groups, margin)
+    return PairShare(float(credit.sum() / pairs.sum()), int(pairs.sum()))
+
+
+def hpa_per_prompt(
+    pred: ArrayLike, truth: ArrayLike, groups: ArrayLike, margin: float = 0.0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The two sums of which ``hpa`` is the ratio, for each prompt.
+
+    Where prompts are resampled, only these sums are drawn: Σ credit / Σ pairs of the drawn prompts is the
+    ``hpa`` of their items.
+
+    Returns:
+        Credit and number of counted pairs of each distinct prompt, float64 [g] each, prompts sorted.
+
+    Raises:
+        MetricError: As for ``hpa``.
+    """
     if not margin >= 0:
         raise MetricError(f"margin is {margin}; expected a number of score points of at least 0")
     p, t = _vectors(pred=pred, truth=truth)
     left, right = _same_group_pairs(groups, len(p))
     gap = t[left] - t[right]
     counted = np.abs(gap) > margin + _TIE
-    n_pairs = int(counted.sum())
-    if n_pairs == 0:
+    if not counted.any():
         raise MetricError(
             f"none of the {len(left)} same-prompt pairs differs in truth by more than {margin}; "
             "the accuracy is undefined: add candidates per prompt, or lower the margin"
         )
-    agreement = np.sign(p[left] - p[right])[counted] * np.sign(gap[counted])
-    return PairShare(float(agreement.mean() + 1.0) / 2.0, n_pairs)
+    left, right = left[counted], right[counted]
+    credit = (np.sign(p[left] - p[right]) * np.sign(gap[counted]) + 1.0) / 2.0
+    _, prompt_of_item = np.unique(np.asarray(groups), return_inverse=True)
+    prompts, n_prompts = prompt_of_item[left], int(prompt_of_item.max()) + 1
+    return (
+        np.asarray(np.bincount(prompts, credit, minlength=n_prompts), np.float64),
+        np.asarray(np.bincount(prompts, minlength=n_prompts), np.float64),
+    )
 
 
 def margin_hpa(pred: ArrayLike, truth: ArrayLike, groups: ArrayLike) -> PairShare:
@@ -111,19 +134,33 @@ def margin_hpa(pred: ArrayLike, truth: ArrayLike, groups: ArrayLike) -> PairShar
     return hpa(pred, truth, groups, margin=MARGIN)
 
 
-def pair_flips(pred_a: ArrayLike, pred_b: ArrayLike, groups: ArrayLike) -> PairShare:
-    """The share of all same-prompt pairs that two predictions order differently; no truth is needed.
+def pair_flips(
+    pred_a: ArrayLike, pred_b: ArrayLike, groups: ArrayLike, margin: float | None = None
+) -> PairShare:
+    """The share of same-prompt pairs that two predictions order differently; no truth is needed.
 
     Opposite orders count 1, a tie in only one of the two counts 0.5. With that, HPA on truth without
     ties cannot move by more than the flips.
 
+    Args:
+        pred_a: Predicted scores, [n].
+        pred_b: Predicted scores, [n].
+        groups: Prompt of each item, [n] integers or strings.
+        margin: Where given, only pairs whose scores in ``pred_a`` differ by more than this are counted.
+
     Raises:
-        MetricError: Malformed input as for ``plcc`` (constants are fine), or no two items share a prompt.
+        MetricError: Malformed input as for ``plcc`` (constants are fine), no two items share a prompt, or
+            no pair differs by more than the margin.
     """
     a, b = _vectors(pred_a=pred_a, pred_b=pred_b)
     left, right = _same_group_pairs(groups, len(a))
     if len(left) == 0:
         raise MetricError("no two items share a prompt, so no pair can flip; check groups")
+    if margin is not None:
+        counted = np.abs(a[left] - a[right]) > margin + _TIE
+        if not counted.any():
+            raise MetricError(f"no same-prompt pair of pred_a differs by more than {margin}")
+        left, right = left[counted], right[counted]
     differing = np.abs(np.sign(a[left] - a[right]) - np.sign(b[left] - b[right]))
     return PairShare(float(differing.mean()) / 2.0, len(left))
 

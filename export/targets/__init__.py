@@ -1,1 +1,11 @@
 """Targets: what each runtime wants of the graphs, as a list of passes. One target a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from zreward.export.targets.cpu import lower_to_cpu
+from zreward.export.targets.portable import lower_to_portable
+
+LOWERINGS: Mapping[str, Callable[..., None]] = {"cpu": lower_to_cpu, "onnx": lower_to_portable}
+"""By the name of the target; all take the arguments of `lower_to_portable`."""

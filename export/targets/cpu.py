@@ -7,14 +7,10 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from zreward.export.graph import Graphs
-from zreward.export.passes.dead_outputs import remove_dead_outputs
-from zreward.export.passes.delta_norm import add_delta_norm_epsilon
-from zreward.export.passes.patch_embedding import lower_patch_embedding
-from zreward.export.passes.rotary_table import trim_rotary_tables
-from zreward.export.passes.score_head import fuse_score_head
-from zreward.export.passes.single_image import specialize_single_image
-from zreward.export.passes.weight_layout import transpose_weights
+from zreward.export.passes.quantized_products import ACCURACY_LEVEL, quantize_products_for_onnxruntime
 from zreward.export.passes.weight_storage import store_weights
+from zreward.export.targets.shared import simplify
+from zreward.quant.source import QuantizedWeights
 
 
 def lower_to_cpu(
@@ -25,6 +21,8 @@ def lower_to_cpu(
     n_positions: int,
     stored_type: ir.DataType,
     label_mass: bool,
+    quantized: QuantizedWeights | None = None,
+    accuracy_level: int = ACCURACY_LEVEL,
 ) -> None:
     """Lower both graphs in place.
 
@@ -33,15 +31,13 @@ def lower_to_cpu(
         code_ids: the head's rows, in bin order.
         bins: their score values.
         n_positions: rotary positions that a sequence of the contract can reach.
-        stored_type: type of the stored weight matrices.
+        stored_type: type of the stored float matrices.
         label_mass: also output the share of probability that the codes hold.
+        quantized: matrices that are multiplied as codes; None: all are floats.
+        accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits per block, 0 keeps them.
     """
-    fuse_score_head(graphs.decoder, code_ids, bins, label_mass=label_mass)
-    add_delta_norm_epsilon(graphs.decoder)
-    trim_rotary_tables(graphs.decoder, n_positions)
-    specialize_single_image(graphs.vision)
-    lower_patch_embedding(graphs.vision)
+    simplify(graphs, code_ids=code_ids, bins=bins, n_positions=n_positions, label_mass=label_mass)
     for model in (graphs.vision, graphs.decoder):
-        transpose_weights(model)
-        remove_dead_outputs(model)
+        if quantized is not None:
+            quantize_products_for_onnxruntime(model, quantized, accuracy_level=accuracy_level)
         store_weights(model, stored_type)

@@ -11,6 +11,13 @@ from zreward.errors import BackendError
 
 _ERRORS_ONLY = 3  # onnxruntime's severity scale: 2 warns about every initializer that it folds
 
+_PRECISE = {
+    # Weights that a graph dequantizes are multiplied as floats; by default their inputs would be rounded too.
+    "session.qdq_matmulnbits_accuracy_level": "0",
+    # Without VNNI, sums of uint8 × int8 products saturate in 16 bits; this takes the exact way there.
+    "session.x64quantprecision": "1",
+}
+
 
 class OrtSession:
     """One graph in an onnxruntime.InferenceSession; weights are mapped from the external-data file."""
@@ -27,6 +34,8 @@ class OrtSession:
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = int(threads)
+        for key, value in _PRECISE.items():
+            options.add_session_config_entry(key, value)
         if frugal:
             options.enable_cpu_mem_arena = False
             options.add_session_config_entry("session.disable_prepacking", "1")

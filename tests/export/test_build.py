@@ -262,7 +262,7 @@ def test_a_wrong_graph_is_refused_by_parity(
     ) -> int:
         return fuse_score_head(model, code_ids[::-1], bins, label_mass=label_mass)
 
-    monkeypatch.setattr("zreward.export.targets.cpu.fuse_score_head", fuse_reversed)
+    monkeypatch.setattr("zreward.export.targets.shared.fuse_score_head", fuse_reversed)
     with pytest.raises(ExportError, match=r"differs from transformers by .* no bundle was written"):
         export_bundle(checkpoint_path, tmp_path / "bundle", ExportOptions(parity=True))
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -11,12 +14,20 @@ import onnx_ir as ir
 import pytest
 
 from tests.support.graphs import checkpoint_of, model_from_text, normal
+from tests.support.quantized import Weight, WeightsInMemory, quantized_checkpoint
 from zreward.checkpoint import Checkpoint
 from zreward.errors import ExportError
 from zreward.export.graph import EMBEDDING
 from zreward.export.irtools import add_initializer
+from zreward.export.passes.dead_outputs import remove_dead_outputs
+from zreward.export.passes.quantized_products import (
+    quantize_products_for_onnxruntime,
+    quantize_products_portably,
+)
+from zreward.export.passes.weight_layout import transpose_weights
 from zreward.export.storage import graph_weight_bytes, write_embedding, write_graph
 from zreward.onnx_locations import external_locations
+from zreward.quant.tensor import WeightFormat
 
 GRAPH = """
 g (float[n, 33] x, float[33, 77] first, float[33, 77] second, float[77] bias) => (float[n, 77] y)
@@ -98,3 +109,85 @@ def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     checkpoint: Checkpoint = checkpoint_of(tmp_path, {EMBEDDING: values})
     with pytest.raises(ExportError, match=r"embed_tokens\.weight' holds NaN or infinity"):
         write_embedding(checkpoint, tmp_path / "embedding.bin", lambda _: None)
+
+
+QUANTIZED = """
+q (float[n, 256] x, float[80, 256] first, float[81, 256] second, float[16, 256] third)
+    => (float[n, 80] y, float[n, 81] z, float[n, 16] w)
+{
+    a = Transpose (first)
+    b = Transpose (second)
+    c = Transpose (third)
+    y = MatMul (x, a)
+    z = MatMul (x, b)
+    w = MatMul (x, c)
+}
+"""
+FORMATS = {
+    "first": WeightFormat(4, 32),
+    "second": WeightFormat(4, 128, symmetric=False),
+    "third": WeightFormat(8, activations="int8"),
+}
+
+
+@pytest.mark.parametrize("lower", [quantize_products_for_onnxruntime, quantize_products_portably])
+def test_quantized_weights_take_the_bits_that_their_formats_say(
+    tmp_path: Path, lower: Callable[..., int]
+) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"first": (80, 256), "second": (81, 256), "third": (16, 256)}
+    floats = checkpoint_of(tmp_path, {name: normal(rng, *shape) for name, shape in shapes.items()})
+    checkpoint, weights = quantized_checkpoint(floats, FORMATS)
+    model = model_from_text(QUANTIZED, checkpoint)
+    transpose_weights(model)
+    lower(model, weights)
+    remove_dead_outputs(model)
+    path = tmp_path / "graph.onnx"
+    write_graph(model, path, lambda _: None)
+    # Each is read once, though its parts are some inside the graph and some beside it.
+    assert weights.reads == {"first": 1, "second": 1, "third": 1}
+    onnx.checker.check_model(path)
+    proto = onnx.load(path, load_external_data=False)
+    entries = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in proto.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    assert all(int(entry["offset"]) % 4096 == 0 for entry in entries) and len(entries) >= 4
+    stored = {
+        tensor.name: tensor
+        for tensor in onnx.load(path).graph.initializer
+        if tensor.name.split(".")[0] in FORMATS
+    }
+    for name, chosen in FORMATS.items():
+        n_bytes = sum(len(tensor.raw_data) for part, tensor in stored.items() if part.startswith(name))
+        bits = chosen.bits_per_weight(256) * shapes[name][0] * 256
+        assert n_bytes == pytest.approx(bits / 8, abs=1)  # a half-filled last byte of zero points
+
+
+class FreshWeights(WeightsInMemory):
+    """Reads a new object each time, and notes how many of the earlier ones are still held."""
+
+    def __init__(self, matrices: Mapping[str, Weight]) -> None:
+        super().__init__(matrices)
+        self.still_held: list[int] = []
+        self._given: list[weakref.ref[Weight]] = []
+
+    def weight(self, name: str) -> Weight:
+        self.still_held.append(sum(given() is not None for given in self._given))
+        fresh = dataclasses.replace(super().weight(name))
+        self._given.append(weakref.ref(fresh))
+        return fresh
+
+
+def test_one_quantized_weight_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"first": (80, 256), "second": (81, 256), "third": (16, 256)}
+    floats = checkpoint_of(tmp_path, {name: normal(rng, *shape) for name, shape in shapes.items()})
+    checkpoint, weights = quantized_checkpoint(floats, FORMATS)
+    fresh = FreshWeights(weights.matrices)
+    model = model_from_text(QUANTIZED, checkpoint)
+    transpose_weights(model)
+    quantize_products_for_onnxruntime(model, fresh)
+    write_graph(model, tmp_path / "graph.onnx", lambda _: None)
+    assert fresh.still_held == [0, 0, 0]

@@ -68,12 +68,20 @@ def checked_proto(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def run_onnxruntime(model: ir.Model, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Outputs by name, from ONNX Runtime without its own simplifications."""
+def run_onnxruntime(
+    model: ir.Model, inputs: Mapping[str, NDArray[Any]], *, optimized: bool = False, **config: str
+) -> Arrays:
+    """Outputs by name, from ONNX Runtime without its own simplifications unless `optimized`.
+
+    `config` are entries of the session's configuration, with "__" for the dot in their names.
+    """
+    level = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    for name, value in config.items():
+        options.add_session_config_entry(name.replace("__", "."), value)
     session = onnxruntime.InferenceSession(
         checked_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -22,7 +22,12 @@ from zreward.checkpoint import Checkpoint
 from zreward.contract import ScoreContract
 from zreward.errors import CheckpointError, ContractError
 from zreward.image import ImageSpec
-from zreward.safetensors_file import float32_from_stored
+from zreward.safetensors_file import (
+    SafetensorsWriter,
+    TensorSpec,
+    float32_from_stored,
+    tensors_of_file,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -110,6 +115,73 @@ def test_bfloat16_bits_keep_infinities_and_signs() -> None:
     values = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-40, 3.14159], dtype=torch.bfloat16)
     got = float32_from_stored(values.view(torch.uint16).numpy(), "BF16")
     assert got.tobytes() == values.float().numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool], ids=str
+)
+def test_whole_numbers_are_read_as_stored_and_are_no_weights(checkpoint: Path, dtype: torch.dtype) -> None:
+    values = torch.arange(-12, 12).reshape(6, 4).to(dtype)
+    save_file({**load_file(checkpoint / WEIGHTS), "codes": values}, checkpoint / WEIGHTS)
+    opened = Checkpoint.open(checkpoint)
+    got = opened.read_stored("codes", 1, 4)
+    assert got.dtype == values.numpy().dtype and np.array_equal(got, values.numpy()[1:4])
+    with pytest.raises(CheckpointError, match=r"'codes' holds .* quantized"):
+        opened.read("codes")
+    with pytest.raises(CheckpointError, match="no weights by themselves"):
+        float32_from_stored(got, opened.info("codes").dtype)
+
+
+def test_wide_and_8_bit_floats(checkpoint: Path) -> None:
+    wide, narrow = torch.tensor([1 / 3, -2.0]).double(), torch.tensor([0.5, -3.0]).to(torch.float8_e4m3fn)
+    save_file({**load_file(checkpoint / WEIGHTS), "wide": wide, "narrow": narrow}, checkpoint / WEIGHTS)
+    opened = Checkpoint.open(checkpoint)
+    assert np.array_equal(opened.read("wide"), wide.float().numpy())
+    assert np.array_equal(opened.read_stored("narrow"), narrow.view(torch.uint8).numpy())
+    with pytest.raises(CheckpointError, match="'narrow' holds F8_E4M3"):
+        opened.read("narrow")
+
+
+def test_the_writer_is_read_by_the_safetensors_library(tmp_path: Path) -> None:
+    rng, file = np.random.default_rng(0), tmp_path / WEIGHTS
+    values: dict[str, Any] = {
+        "odd halves": rng.normal(size=(3, 5)).astype(np.float16),
+        "bits": rng.integers(0, 2**16, size=7, dtype=np.uint16),
+        "codes": rng.integers(-(2**31), 2**31, size=(2, 3), dtype=np.int32),
+        "bytes": rng.integers(0, 255, size=3, dtype=np.uint8),
+        "empty": np.empty((0, 4), np.float32),
+    }
+    types = {"odd halves": "F16", "bits": "BF16", "codes": "I32", "bytes": "U8", "empty": "F32"}
+    specs = {name: TensorSpec(types[name], v.shape) for name, v in values.items()}
+    with SafetensorsWriter(file, specs) as writer:
+        for name, value in values.items():
+            if name == "odd halves":
+                writer.write(name, value[1:], start=1)
+                value = value[:1]
+            writer.write(name, value)
+    read = load_file(file)
+    assert set(read) == set(values)
+    for name, value in values.items():
+        got = read[name].view(torch.uint16) if name == "bits" else read[name]
+        assert np.array_equal(got.numpy(), value)
+    for info in tensors_of_file(file):
+        assert info.size == 0 or info.offset % (info.n_bytes // info.size) == 0, "unaligned"
+
+
+def test_the_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec("F16", (2,)), "b": TensorSpec("I8", (1,))}
+    with (
+        pytest.raises(ValueError, match="b was not written, or not once"),
+        SafetensorsWriter(tmp_path / "1", specs) as file,
+    ):
+        file.write("a", np.zeros(2, np.float16))
+    for wrong in (np.zeros(2, np.float32), np.zeros(3, np.float16)):
+        name = f"{wrong.dtype}-{wrong.size}"
+        with (
+            pytest.raises(ValueError, match="announced F16"),
+            SafetensorsWriter(tmp_path / name, specs) as file,
+        ):
+            file.write("a", wrong)
 
 
 def test_shards_hold_the_same_tensors(original: Path, checkpoint: Path) -> None:
@@ -235,7 +307,8 @@ def test_a_damaged_header_is_refused(checkpoint: Path, header: bytes) -> None:
         {},
         {"dtype": "F32", "shape": [2]},
         {"dtype": "F32", "data_offsets": [0, 8]},
-        {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+        {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]},
+        {"dtype": "I64", "shape": [2], "data_offsets": [0, 8]},
         {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
         {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
         {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},

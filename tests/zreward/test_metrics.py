@@ -16,6 +16,7 @@ from zreward.metrics import (
     PairShare,
     bootstrap_interval,
     hpa,
+    hpa_per_prompt,
     margin_hpa,
     pair_flips,
     plcc,
@@ -97,6 +98,30 @@ def test_pair_flips_match_double_loop(seed: int) -> None:
     result = pair_flips(a, b, groups)
     assert result.value == pytest.approx(expected, abs=1e-12)
     assert result.n_pairs == n_pairs
+
+
+def test_pair_flips_above_a_margin_count_the_pairs_that_were_apart_before() -> None:
+    before, after, groups = [1.0, 2.0, 2.4, 3.0, 1.0], [2.0, 1.0, 0.5, 2.3, 9.0], [0, 0, 0, 0, 1]
+    assert pair_flips(before, after, groups) == PairShare(0.5, 6)
+    assert pair_flips(before, after, groups, 0.5) == PairShare(0.4, 5)  # without the pair (2.0, 2.4)
+    assert pair_flips([4.4, 3.9, 5.0, 1.0], [1, 2, 2, 1], [0, 0, 1, 1], 0.5) == PairShare(0.0, 1)
+    with pytest.raises(MetricError, match="differs by more than 2"):
+        pair_flips(before, after, groups, 2.0)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_sums_per_prompt_are_the_hpa_of_any_prompts(margin: float) -> None:
+    pred, truth, groups = scores(np.random.default_rng(3), 120)
+    credit, pairs = hpa_per_prompt(pred, truth, groups, margin)
+    prompts = np.unique(groups)
+    assert credit.shape == pairs.shape == prompts.shape
+    for index, prompt in enumerate(prompts):
+        own = groups == prompt
+        if pairs[index]:
+            expected, n_pairs = hpa_by_loops(pred[own], truth[own], groups[own], margin)
+            assert (credit[index] / pairs[index], pairs[index]) == (pytest.approx(expected), n_pairs)
+        else:
+            assert credit[index] == 0
 
 
 def test_hpa_reads_prompts_as_strings_or_integers() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,10 +43,34 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         "images", f"{image.min_pixels:,} to {image.max_pixels:,} pixels, patch {image.patch_size}"
     )
     console.print_fact("label mass", "reported" if manifest.label_mass else "not exported")
-    console.print_fact("quantized", "no" if manifest.quantization is None else manifest.quantization)
+    if manifest.quantization is None:
+        console.print_fact("quantized", "no")
+    else:
+        print_quantization(manifest.quantization)
     console.print_fact("parity", _parity(manifest))
     console.print_fact("made with", ", ".join(f"{name} {v}" for name, v in manifest.versions.items()))
     _print_files(manifest)
+
+
+def print_quantization(facts: Mapping[str, Any]) -> None:
+    """How much of a model is stored in which format, and what is not, with the reasons."""
+    console.print_fact("quantized", f"{facts['scheme']} by {facts['method']}")
+    console.print_fact("stored", f"{facts['bits_per_weight']:.3f} bits per quantized weight, scales included")
+    table = console.plain_table("layers", "format", "matrices", "weights", "largest error")
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, layer in facts["layers"].items():
+        grouped.setdefault((re.sub(r"\.\d+\.", ".*.", name), layer["format"]), []).append(layer)
+    for (name, chosen), layers in grouped.items():
+        weights = sum(math.prod(layer["shape"]) for layer in layers)
+        error = max(layer["error"] for layer in layers)
+        table.add_row(
+            name.removeprefix("model."), chosen, str(len(layers)), f"{weights / 1e6:,.2f} M", f"{error:.2%}"
+        )
+    console.stdout().print(table)
+    kept = console.plain_table("kept as it is", "tensors")
+    for reason, n_tensors in Counter(facts["kept"].values()).items():
+        kept.add_row(reason, str(n_tensors))
+    console.stdout().print(kept)
 
 
 def _parity(manifest: Manifest) -> str:

@@ -74,6 +74,9 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
+_COUNTED = ("scoring", "measuring")  # stages that count items, whatever the others count
+
+
 @contextmanager
 def progress(unit: Unit = "items") -> Iterator[Progress]:
     """A callback that shows one bar per stage on a terminal, and one line per stage elsewhere.
@@ -90,7 +93,8 @@ def progress(unit: Unit = "items") -> Iterator[Progress]:
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, amount="")
-            bar.update(tasks[stage], completed=done, total=total, amount=_amount(done, total, unit))
+            shown = _amount(done, total, "items" if stage.startswith(_COUNTED) else unit)
+            bar.update(tasks[stage], completed=done, total=total, amount=shown)
 
         yield update
 

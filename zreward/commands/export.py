@@ -29,18 +29,23 @@ class Weights(StrEnum):
     BF16 = "bf16"
 
 
-class Quantization(StrEnum):
-    NONE = "none"
+class Method(StrEnum):
+    RTN = "rtn"
+    GPTQ = "gptq"
 
 
 class Target(StrEnum):
     CPU = "cpu"
+    ONNX = "onnx"
 
 
 def export(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle directory to write.")],
-    quant: Annotated[Quantization, typer.Option(help="Weight quantization.")] = Quantization.NONE,
+    quant: Annotated[
+        str,
+        typer.Option(help="none, int8, int8-weight, int4, …; with exceptions: int4,*.down_proj=int8-weight."),
+    ] = "none",
     target: Annotated[Target, typer.Option(help="Where the bundle will run.")] = Target.CPU,
     weights: Annotated[Weights, typer.Option(help="Storage of floating-point weights.")] = Weights.FP32,
     label_mass: Annotated[
@@ -53,18 +58,72 @@ def export(
             help="Compare the bundle with the torch model; by default up to 300 million parameters."
         ),
     ] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="Quantization algorithm; gptq where there is calibration data.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="JSONL with prompt and image a line, or `scenes`; small models default to scenes."),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(help="Held-out JSONL that judges the quantized bundle, or `scenes`, the same default."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Mix 4 and 8 bits up to this size, for example 5.0bpw.")
+    ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Write the bundle whatever the judgement, or without one.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Export a checkpoint to a bundle that the runtime scores with."""
-    from zreward.checkpoint import Checkpoint
+    from zreward.errors import UsageError
     from zreward.export.build import ExportOptions, export_bundle
+    from zreward.export.quantized import QuantizationOptions
+    from zreward.quant.allocate import parse_budget
 
+    quantization = None
+    if quant != "none":
+        quantization = QuantizationOptions(
+            scheme=quant,
+            method=method.value if method else None,
+            calibration=calibration,
+            evaluation=evaluation,
+            budget=parse_budget(budget) if budget else None,
+            allow_drift=allow_drift,
+            device=device,
+        )
+    elif method or calibration or evaluation or budget or allow_drift:
+        raise UsageError(
+            "--method, --calibration, --evaluation, --budget and --allow-drift belong to --quant"
+        )
     options = ExportOptions(
-        weights=weights.value, target=target.value, label_mass=label_mass, parity=parity, force=force
+        weights=weights.value,
+        target=target.value,
+        label_mass=label_mass,
+        parity=parity,
+        force=force,
+        quantization=quantization,
     )
     with console.progress("MB") as progress:
-        bundle = export_bundle(Checkpoint.open(checkpoint).path, output, options, progress)
+        bundle = export_bundle(checkpoint, output, options, progress)
     print_bundle(bundle)
+    print_drift(bundle)
+
+
+def print_drift(bundle: Bundle) -> None:
+    """The drift table of a quantized bundle that was judged."""
+    from zreward.export.quantized import DRIFT_FILE, DRIFT_PAGE
+
+    if DRIFT_FILE not in bundle.manifest.files:
+        return
+    from zreward.commands.drift import drift_table
+    from zreward.quant.drift import DriftReport
+
+    console.stdout().print(drift_table(DriftReport.load(bundle.path / DRIFT_FILE)))
+    console.print_fact("report", bundle.path / DRIFT_PAGE)
 
 
 def print_bundle(bundle: Bundle) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zreward.errors import UsageError
-from zreward.export.staging import staged_directory
+from zreward.staging import staged_directory
 
 
 def make_bundle(path: Path, content: str) -> Path:
@@ -86,6 +86,21 @@ def test_what_is_not_a_bundle_is_never_replaced(tmp_path: Path) -> None:
             write(tmp_path / name, "new", replace=True)
     assert names_in(tmp_path) == before
     assert (tmp_path / "folder" / "thesis.tex").exists() and content_of(tmp_path / "bundle") == "old"
+
+
+def test_a_checkpoint_is_replaced_by_a_checkpoint_alone(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", "old")
+    with (
+        pytest.raises(UsageError, match="is not a checkpoint"),
+        staged_directory(bundle, replace=True, kind="checkpoint"),
+    ):
+        pass
+    final = tmp_path / "checkpoint"
+    for content in ("one", "two"):
+        with staged_directory(final, replace=True, kind="checkpoint") as staging:
+            (staging.path / "config.json").write_text(content)
+            staging.commit()
+    assert (final / "config.json").read_text() == "two" and content_of(bundle) == "old"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/.."])
@@ -181,7 +196,7 @@ def test_one_process_writes_a_name_once_at_a_time(tmp_path: Path) -> None:
 KILLED_AT_STEP = """
 import os, shutil, signal, sys
 from pathlib import Path
-from zreward.export.staging import staged_directory
+from zreward.staging import staged_directory
 
 step, steps = int(sys.argv[2]), iter(range(100))
 

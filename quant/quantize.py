@@ -1,0 +1,187 @@
+"""Checkpoint to quantized weights: the driver that the algorithms are called from.
+
+Round-to-nearest needs no data and goes tensor by tensor. The calibrated methods go block by block: the
+activations that reach a block are those of the network whose earlier blocks are quantized already, each unit of
+the block is quantized on what its input is by then, and only the activations between two blocks are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zreward.checkpoint import Checkpoint
+from zreward.errors import CheckpointError, QuantizationError, UsageError
+from zreward.prompt import PromptEncoder, load_tokenizer
+from zreward.quant.calibrate import Batch, Item, batches
+from zreward.quant.gptq import quantize_gptq
+from zreward.quant.inputs import input_hessian, linear_of, quantize_inputs
+from zreward.quant.network import Activations, Block, BlockNetwork
+from zreward.quant.rtn import quantize_rtn
+from zreward.quant.scheme import Scheme, Table, block_formats, resolve
+from zreward.quant.source import QuantizedCheckpoint
+from zreward.quant.store import StoreWriter, open_store
+from zreward.quant.tensor import QuantizedWeight
+from zreward.quant.units import units_of
+from zreward.safetensors_file import float32_from_stored
+
+METHODS = ("rtn", "gptq")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to quantize.
+
+    Attributes:
+        scheme: see `zreward.quant.scheme`.
+        method: "rtn", or "gptq", which needs calibration items; None takes gptq where there are items.
+        budget: stored bits per quantized weight that the formats may be mixed up to, or None.
+        device: where the calibrated methods run.
+    """
+
+    scheme: str = "int4"
+    method: str | None = None
+    budget: float | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.method is not None and self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}; choose from {', '.join(METHODS)}")
+
+
+def plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Table:
+    """The format of every tensor; cheap, so that a bad scheme is known before any work.
+
+    Raises:
+        QuantizationError: see `resolve`.
+    """
+    return resolve(Scheme.parse(options.scheme), {n: i.shape for n, i in checkpoint.tensors.items()})
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    path: Path,
+    options: QuantizeOptions,
+    items: Sequence[Item] = (),
+    progress: Progress | None = None,
+) -> QuantizedCheckpoint:
+    """Quantize `checkpoint` into a store at the existing, empty directory `path`.
+
+    Raises:
+        CheckpointError: a weight is missing, not finite, or the file is cut short.
+        QuantizationError: the scheme does not fit the checkpoint, or the method needs calibration items.
+    """
+    report = progress or (lambda stage, done, total: None)
+    method = options.method or ("gptq" if items else "rtn")
+    if method != "rtn" and not items:
+        raise QuantizationError(f"{method} needs calibration items; give --calibration FILE, or --method rtn")
+    table = plan(checkpoint, options)
+    check_finite(checkpoint, report)
+    writer = StoreWriter(path)
+    if method == "rtn":
+        _quantize_tensors(checkpoint, table, writer, report)
+    else:
+        with torch.inference_mode():
+            _Calibrated(checkpoint, table, writer, options, items, report).run()
+    writer.finish(options.scheme, method, table.kept)
+    return open_store(checkpoint, path)
+
+
+def check_finite(checkpoint: Checkpoint, report: Progress) -> None:
+    """Read every tensor once, so that a damaged checkpoint is refused before hours of work.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or the file ends early.
+    """
+    total, done = sum(info.n_bytes for info in checkpoint.tensors.values()), 0
+    for name, info in checkpoint.tensors.items():
+        rows = max(1, 64_000_000 // max(1, info.n_bytes // max(1, info.shape[0] if info.shape else 1)))
+        for start in range(0, info.shape[0] if info.shape else 1, rows):
+            block = checkpoint.read_stored(name, start, start + rows)
+            if not np.isfinite(float32_from_stored(block, info.dtype)).all():
+                raise CheckpointError(
+                    f"{checkpoint.path}: weight {name!r} holds NaN or infinity; the checkpoint is damaged or "
+                    "its training diverged"
+                )
+            done += block.nbytes
+            report("checking weights", done, total)
+
+
+def _quantize_tensors(checkpoint: Checkpoint, table: Table, writer: StoreWriter, report: Progress) -> None:
+    total, done = _n_bytes(checkpoint, table), 0
+    for name, chosen in table.formats.items():
+        values = torch.from_numpy(checkpoint.read(name))
+        weight = _named(name, partial(quantize_rtn, values, chosen))
+        writer.add(name, weight, relative_error(values, weight))
+        done += checkpoint.info(name).n_bytes
+        report("quantizing", done, total)
+
+
+class _Calibrated:
+    """GPTQ block by block."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        table: Table,
+        writer: StoreWriter,
+        options: QuantizeOptions,
+        items: Sequence[Item],
+        report: Progress,
+    ) -> None:
+        contract = checkpoint.contract()
+        encoder = PromptEncoder(contract, load_tokenizer(checkpoint.path))
+        self.checkpoint, self.table, self.writer, self.report = checkpoint, table, writer, report
+        self.network = BlockNetwork(checkpoint, encoder, options.device)
+        self.batches: list[Batch] = batches(items, contract, encoder)
+        self.done, self.total = 0, _n_bytes(checkpoint, table)
+
+    def run(self) -> None:
+        self.report("quantizing", 0, self.total)
+        states = [self.network.begin(batch) for batch in self.batches]
+        for block in self.network.blocks:
+            module = self.network.load(block)
+            self._quantize_block(block, module, states)
+            states = [self.network.step(block, module, state) for state in states]
+
+    def _quantize_block(self, block: Block, module: nn.Module, states: list[Activations]) -> None:
+        formats = block_formats(self.table, block.prefix)
+        for unit in units_of(block.kind, formats, self.network.merge_unit):
+            hessian = input_hessian(self.network, block, module, unit.layers[0], states)
+            for layer in unit.layers:
+                name = f"{block.prefix}{layer}.weight"
+                linear = linear_of(module, layer)
+                weight = _named(name, partial(quantize_gptq, linear.weight, hessian, formats[layer]))
+                self.writer.add(name, weight, relative_error(linear.weight, weight))
+                linear.weight.data = torch.from_numpy(weight.dequantized()).to(linear.weight.device)
+                self.done += self.checkpoint.info(name).n_bytes
+                self.report("quantizing", self.done, self.total)
+            if formats[unit.layers[0]].activations == "int8":
+                for layer in unit.layers:
+                    linear_of(module, layer).register_forward_pre_hook(quantize_inputs)
+
+
+def relative_error(values: Tensor, weight: QuantizedWeight) -> float:
+    """‖W − Q‖ / ‖W‖ in the Frobenius norm; 0 for a matrix of zeros."""
+    quantized = torch.from_numpy(weight.dequantized()).to(values.device)
+    norm = float(torch.linalg.norm(values))
+    return float(torch.linalg.norm(values - quantized)) / norm if norm else 0.0
+
+
+def _named(name: str, run: Callable[[], QuantizedWeight]) -> QuantizedWeight:
+    """What `run` returns; its errors get the tensor's name."""
+    try:
+        return run()
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from None
+
+
+def _n_bytes(checkpoint: Checkpoint, table: Table) -> int:
+    return sum(checkpoint.info(name).n_bytes for name in table.formats)

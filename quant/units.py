@@ -1,0 +1,80 @@
+"""Units: the matrices of a block that read one input, and the norm or product in front of them.
+
+Matrices of a unit see the same activations, so they share statistics, get the same format from bit allocation
+(a runtime may then fuse them into one product), and one scale per input channel can be folded into whatever
+makes that input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Matrices with one input.
+
+    Attributes:
+        layers: names within the block, without ".weight"; the first is where the input is watched.
+        others: layers that read the same input and are not quantized.
+        fold: what makes the input and can take a scale per channel; None where nothing can.
+        fold_kind: "layernorm" (weight and bias), "rmsnorm" (stored as weight − 1) or "rows" (of a product).
+        repeats: how often the folded channels repeat along the input (the merger's four patches).
+    """
+
+    layers: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    fold: str | None = None
+    fold_kind: str = ""
+    repeats: int = 1
+
+
+_VISION = (
+    Unit(("attn.qkv",), fold="norm1", fold_kind="layernorm"),
+    Unit(("attn.proj",)),
+    Unit(("mlp.linear_fc1",), fold="norm2", fold_kind="layernorm"),
+    Unit(("mlp.linear_fc2",)),
+)
+_MLP = (
+    Unit(("mlp.gate_proj", "mlp.up_proj"), fold="post_attention_layernorm", fold_kind="rmsnorm"),
+    Unit(("mlp.down_proj",), fold="mlp.up_proj", fold_kind="rows"),
+)
+_DECODER = (
+    Unit(
+        ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        others=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+        fold="input_layernorm",
+        fold_kind="rmsnorm",
+    ),
+    Unit(("linear_attn.out_proj",)),
+    Unit(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        fold="input_layernorm",
+        fold_kind="rmsnorm",
+    ),
+    Unit(("self_attn.o_proj",)),
+    *_MLP,
+)
+
+
+def units_of(kind: str, present: Iterable[str], merge_unit: int = 4) -> list[Unit]:
+    """The units of a block in the order they run, without the layers that are not in `present`.
+
+    Args:
+        kind: of the block: vision, merger or decoder.
+        present: layers of this block that are to be quantized, named within the block.
+        merge_unit: patches that the merger joins.
+    """
+    merger = (
+        Unit(("linear_fc1",), fold="norm", fold_kind="layernorm", repeats=merge_unit),
+        Unit(("linear_fc2",)),
+    )
+    wanted = set(present)
+    units = []
+    for unit in {"vision": _VISION, "merger": merger, "decoder": _DECODER}[kind]:
+        chosen = tuple(layer for layer in unit.layers if layer in wanted)
+        if chosen:
+            left = tuple(layer for layer in unit.layers if layer not in wanted)
+            units.append(Unit(chosen, unit.others + left, unit.fold, unit.fold_kind, unit.repeats))
+    return units
