@@ -87,11 +87,6 @@ class BlockNetwork:
         self._layers = list(self._skeleton.language_model.layers)
         self._merger = self._skeleton.visual.merger
 
-    @property
-    def merge_unit(self) -> int:
-        """Patches that the merger joins into one token."""
-        return int(self.config.vision_config.spatial_merge_size) ** 2
-
     def load(self, block: Block, read: Callable[[str], np.ndarray[Any, Any]] | None = None) -> nn.Module:
         """The module of a block with its weights; `read` gives a tensor by name, or else the checkpoint does."""
         skeletons = {"vision": self._vision_blocks, "merger": [self._merger], "decoder": self._layers}

@@ -7,7 +7,7 @@ the block is quantized on what its input is by then, and only the activations be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,16 @@ from zreward.checkpoint import Checkpoint
 from zreward.errors import CheckpointError, QuantizationError, UsageError
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.quant.calibrate import Batch, Item, batches
+from zreward.quant.folding import smooth
 from zreward.quant.gptq import quantize_gptq
 from zreward.quant.inputs import input_hessian, linear_of, quantize_inputs
 from zreward.quant.network import Activations, Block, BlockNetwork
 from zreward.quant.rtn import quantize_rtn
 from zreward.quant.scheme import Scheme, Table, block_formats, resolve
+from zreward.quant.sensitivity import alternatives, measure, mixed_table
 from zreward.quant.source import QuantizedCheckpoint
 from zreward.quant.store import StoreWriter, open_store
-from zreward.quant.tensor import QuantizedWeight
+from zreward.quant.tensor import QuantizedWeight, WeightFormat
 from zreward.quant.units import units_of
 from zreward.safetensors_file import float32_from_stored
 
@@ -80,6 +82,10 @@ def quantize(
     """
     report = progress or (lambda stage, done, total: None)
     method = options.method or ("gptq" if items else "rtn")
+    if options.budget is not None and method == "rtn":
+        raise QuantizationError(
+            "a budget is spent by measurement; give --calibration FILE and no --method rtn"
+        )
     if method != "rtn" and not items:
         raise QuantizationError(f"{method} needs calibration items; give --calibration FILE, or --method rtn")
     table = plan(checkpoint, options)
@@ -89,8 +95,12 @@ def quantize(
         _quantize_tensors(checkpoint, table, writer, report)
     else:
         with torch.inference_mode():
-            _Calibrated(checkpoint, table, writer, options, items, report).run()
-    writer.finish(options.scheme, method, table.kept)
+            calibrated = _Calibrated(checkpoint, table, writer, options, items, report)
+            if options.budget is not None:
+                calibrated.spend(options.budget)
+            calibrated.run()
+        table = calibrated.table
+    writer.finish(table.scheme, method, table.kept)
     return open_store(checkpoint, path)
 
 
@@ -142,6 +152,7 @@ class _Calibrated:
         self.network = BlockNetwork(checkpoint, encoder, options.device)
         self.batches: list[Batch] = batches(items, contract, encoder)
         self.done, self.total = 0, _n_bytes(checkpoint, table)
+        self.sensitivity: dict[str, float] = {}
 
     def run(self) -> None:
         self.report("quantizing", 0, self.total)
@@ -151,21 +162,51 @@ class _Calibrated:
             self._quantize_block(block, module, states)
             states = [self.network.step(block, module, state) for state in states]
 
+    def spend(self, budget: float) -> None:
+        """Choose formats by what they cost in the scores, within `budget` bits per weight."""
+        units = measure(self.network, self.batches, self.table, alternatives, self.report)
+        shapes = {name: self.checkpoint.info(name).shape for name in self.table.formats}
+        self.table = mixed_table(self.table, units, budget, shapes)
+        for unit in units:
+            chosen = self.table.formats[unit.layers[0]]
+            kl = next(kl for candidate, kl in unit.kl.items() if candidate.bits == chosen.bits)
+            self.sensitivity |= dict.fromkeys(unit.layers, kl)
+
     def _quantize_block(self, block: Block, module: nn.Module, states: list[Activations]) -> None:
         formats = block_formats(self.table, block.prefix)
-        for unit in units_of(block.kind, formats, self.network.merge_unit):
+        self._smooth_block(block, module, formats, states)
+        for unit in units_of(block.kind, formats):
             hessian = input_hessian(self.network, block, module, unit.layers[0], states)
             for layer in unit.layers:
                 name = f"{block.prefix}{layer}.weight"
                 linear = linear_of(module, layer)
                 weight = _named(name, partial(quantize_gptq, linear.weight, hessian, formats[layer]))
-                self.writer.add(name, weight, relative_error(linear.weight, weight))
+                error = relative_error(linear.weight, weight)
+                self.writer.add(name, weight, error, self.sensitivity.get(name))
                 linear.weight.data = torch.from_numpy(weight.dequantized()).to(linear.weight.device)
                 self.done += self.checkpoint.info(name).n_bytes
                 self.report("quantizing", self.done, self.total)
             if formats[unit.layers[0]].activations == "int8":
                 for layer in unit.layers:
                     linear_of(module, layer).register_forward_pre_hook(quantize_inputs)
+
+    def _smooth_block(
+        self,
+        block: Block,
+        module: nn.Module,
+        formats: Mapping[str, WeightFormat],
+        states: list[Activations],
+    ) -> None:
+        """Fold scales in front of every unit whose inputs are to be rounded, before any of its block is."""
+        changed: set[str] = set()
+        for unit in units_of(block.kind, formats):
+            if formats[unit.layers[0]].activations == "int8":
+                found = smooth(self.network, block, module, unit, formats, states)
+                changed.update(found.changed)
+                names = [f"{block.prefix}{layer}.weight" for layer in unit.layers]
+                self.writer.describe_inputs(names, found)
+        for name in sorted(changed - {f"{layer}.weight" for layer in formats}):
+            self.writer.replace(block.prefix + name, module.get_parameter(name).cpu().numpy())
 
 
 def relative_error(values: Tensor, weight: QuantizedWeight) -> float:

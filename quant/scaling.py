@@ -163,9 +163,8 @@ def output_error(
 def fake_quantize_rows(x: Tensor) -> Tensor:
     """What the runtime's 8-bit product reads in place of x.
 
-    Each row is divided by its largest magnitude, the whole tensor then goes through ONNX's
-    DynamicQuantizeLinear (uint8, one scale and zero point, a range that includes 0), and the rows are multiplied
-    back. Rows of zeros stay zeros.
+    Each row has a scale of its own, its largest magnitude over 127, and codes around a fixed zero point
+    (`zreward.export.passes.quantized_products`). Rows of zeros stay zeros.
 
     Args:
         x: [..., in], any float type and device.
@@ -175,8 +174,8 @@ def fake_quantize_rows(x: Tensor) -> Tensor:
     """
     rows = x.detach().to(torch.float32)
     largest = rows.abs().amax(-1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1)
-    return (fake_quantize_tensor(rows / largest) * largest).to(x.dtype)
+    scale = torch.where(largest > 0, largest, 1) / 127
+    return ((rows / scale).round_() * scale).to(x.dtype)
 
 
 def fake_quantize_tensor(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ forward passes as there are blocks times units times formats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,13 +16,16 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor, nn
 
+from zreward.quant.allocate import allocate
 from zreward.quant.calibrate import Batch
 from zreward.quant.gptq import quantize_gptq
 from zreward.quant.inputs import input_hessian, linear_of, quantize_inputs
 from zreward.quant.network import Activations, Block, BlockNetwork
-from zreward.quant.scheme import Table, block_formats
+from zreward.quant.scheme import DEFAULT_GROUP, Table, block_formats
 from zreward.quant.tensor import WeightFormat
 from zreward.quant.units import Unit, units_of
+
+EIGHT_BITS = WeightFormat(8, DEFAULT_GROUP)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,29 @@ def mean_kl(before: Tensor, after: Tensor) -> float:
     tiny = torch.finfo(torch.float64).tiny
     ratio = torch.log(before.clamp_min(tiny)) - torch.log(after.clamp_min(tiny))
     return float((before * ratio).sum(-1).mean())
+
+
+def mixed_table(
+    table: Table, units: Sequence[Sensitivity], budget: float, shapes: Mapping[str, tuple[int, ...]]
+) -> Table:
+    """`table` with the format of each unit that gives the least drift within `budget` bits per weight.
+
+    Raises:
+        QuantizationError: no mixture is that small.
+    """
+    n_weights = sum(math.prod(shapes[name]) for unit in units for name in unit.layers)
+    mixture = allocate(units, budget, n_weights)
+    formats = {
+        name: chosen.fitted(shapes[name][1])
+        for unit, chosen in zip(units, mixture.formats, strict=True)
+        for name in unit.layers
+    }
+    return Table(f"{table.scheme}, {budget:g}bpw", {n: formats[n] for n in table.formats}, table.kept)
+
+
+def alternatives(chosen: WeightFormat) -> tuple[WeightFormat, ...]:
+    """What a unit may have instead of `chosen` under a budget: 4-bit weights may have 8 bits."""
+    return (chosen, EIGHT_BITS) if chosen.bits == 4 else (chosen,)
 
 
 def measure(
@@ -101,7 +128,7 @@ class _Trial:
         try:
             for layer in layers:
                 fitted = chosen.fitted(layer.in_features)
-                weight = quantize_gptq(layer.weight.data, hessian, fitted)
+                weight = quantize_gptq(layer.weight.data, hessian, fitted, refine_passes=0)
                 layer.weight.data = torch.from_numpy(weight.dequantized()).to(layer.weight.device)
                 if fitted.activations == "int8":
                     handles.append(layer.register_forward_pre_hook(quantize_inputs))
@@ -128,7 +155,7 @@ class _Trial:
 
 
 def _units(network: BlockNetwork, block: Block, table: Table) -> list[Unit]:
-    return units_of(block.kind, block_formats(table, block.prefix), network.merge_unit)
+    return units_of(block.kind, block_formats(table, block.prefix))
 
 
 def _answers(

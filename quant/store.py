@@ -11,10 +11,10 @@ Written matrix by matrix, so that quantization holds one at a time; read the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,21 @@ from zreward.quant.source import QuantizedCheckpoint
 from zreward.quant.tensor import QuantizedWeight, WeightFormat
 from zreward.safetensors_file import TensorInfo, read_stored, tensors_of_file
 
+if TYPE_CHECKING:
+    from zreward.quant.folding import Smoothing
+
 INDEX_FILE, FLOATS_FILE = "index.json", "floats.safetensors"
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """See `StoredLayer.inputs`."""
+
+    smoothing: float
+    row_ratio: float
+    tensor_error: float
+    row_error: float
+    smoothed_error: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,9 @@ class StoredLayer:
         format: bits, groups, symmetry, activations.
         error: relative error of the weights, ‖W − Q‖ / ‖W‖.
         sensitivity: mean KL in nats that quantizing its unit alone caused in the scores, where measured.
+        inputs: where the inputs are rounded: the strength of smoothing that was chosen (0: none), how far the
+            largest value stands out of the rows, and the relative squared error of inputs rounded with one scale
+            for all, with one per row before smoothing, and with one per row after it.
     """
 
     name: str
@@ -50,6 +67,7 @@ class StoredLayer:
     format: WeightFormat
     error: float
     sensitivity: float | None = None
+    inputs: InputFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ class StoreWriter:
         self.path = path
         self._layers: list[StoredLayer] = []
         self._floats: dict[str, NDArray[np.float32]] = {}
+        self._inputs: dict[str, InputFacts] = {}
 
     def add(self, name: str, weight: QuantizedWeight, error: float, sensitivity: float | None = None) -> None:
         """Write one matrix."""
@@ -83,7 +102,17 @@ class StoreWriter:
         if not weight.format.symmetric:
             tensors["zeros"] = weight.zeros
         save_file(tensors, self.path / file)
-        self._layers.append(StoredLayer(name, file, weight.shape, weight.format, error, sensitivity))
+        self._layers.append(
+            StoredLayer(name, file, weight.shape, weight.format, error, sensitivity, self._inputs.get(name))
+        )
+
+    def describe_inputs(self, names: Iterable[str], found: Smoothing) -> None:
+        """Remember how the inputs of some layers are rounded; before they are added."""
+        before, after = found.before, found.after
+        facts = InputFacts(
+            found.alpha, before.row_ratio, before.tensor_error, before.row_error, after.row_error
+        )
+        self._inputs |= dict.fromkeys(names, facts)
 
     def replace(self, name: str, values: NDArray[np.float32]) -> None:
         """Let `values` take the place of a float tensor of the checkpoint."""
@@ -132,6 +161,7 @@ class StoredWeights:
                 "bits": layer.format.bits_per_weight(layer.shape[1]),
                 "shape": list(layer.shape),
                 "error": layer.error,
+                **({} if layer.inputs is None else {"inputs": dataclasses.asdict(layer.inputs)}),
                 **({} if layer.sensitivity is None else {"sensitivity": layer.sensitivity}),
             }
             for layer in self.index.layers

@@ -19,21 +19,20 @@ class Unit:
         layers: names within the block, without ".weight"; the first is where the input is watched.
         others: layers that read the same input and are not quantized.
         fold: what makes the input and can take a scale per channel; None where nothing can.
-        fold_kind: "layernorm" (weight and bias), "rmsnorm" (stored as weight − 1) or "rows" (of a product).
-        repeats: how often the folded channels repeat along the input (the merger's four patches).
+        fold_kind: "scale" (weight and, where there is one, bias), "rmsnorm" (stored as weight − 1) or "rows" (of
+            a product).
     """
 
     layers: tuple[str, ...]
     others: tuple[str, ...] = ()
     fold: str | None = None
     fold_kind: str = ""
-    repeats: int = 1
 
 
 _VISION = (
-    Unit(("attn.qkv",), fold="norm1", fold_kind="layernorm"),
+    Unit(("attn.qkv",), fold="norm1", fold_kind="scale"),
     Unit(("attn.proj",)),
-    Unit(("mlp.linear_fc1",), fold="norm2", fold_kind="layernorm"),
+    Unit(("mlp.linear_fc1",), fold="norm2", fold_kind="scale"),
     Unit(("mlp.linear_fc2",)),
 )
 _MLP = (
@@ -47,7 +46,7 @@ _DECODER = (
         fold="input_layernorm",
         fold_kind="rmsnorm",
     ),
-    Unit(("linear_attn.out_proj",)),
+    Unit(("linear_attn.out_proj",), fold="linear_attn.norm", fold_kind="scale"),
     Unit(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         fold="input_layernorm",
@@ -58,23 +57,25 @@ _DECODER = (
 )
 
 
-def units_of(kind: str, present: Iterable[str], merge_unit: int = 4) -> list[Unit]:
+_MERGER = (
+    Unit(("linear_fc1",), fold="norm", fold_kind="scale"),
+    Unit(("linear_fc2",)),
+)
+_UNITS = {"vision": _VISION, "merger": _MERGER, "decoder": _DECODER}
+
+
+def units_of(kind: str, present: Iterable[str]) -> list[Unit]:
     """The units of a block in the order they run, without the layers that are not in `present`.
 
     Args:
         kind: of the block: vision, merger or decoder.
         present: layers of this block that are to be quantized, named within the block.
-        merge_unit: patches that the merger joins.
     """
-    merger = (
-        Unit(("linear_fc1",), fold="norm", fold_kind="layernorm", repeats=merge_unit),
-        Unit(("linear_fc2",)),
-    )
     wanted = set(present)
     units = []
-    for unit in {"vision": _VISION, "merger": merger, "decoder": _DECODER}[kind]:
+    for unit in _UNITS[kind]:
         chosen = tuple(layer for layer in unit.layers if layer in wanted)
         if chosen:
             left = tuple(layer for layer in unit.layers if layer not in wanted)
-            units.append(Unit(chosen, unit.others + left, unit.fold, unit.fold_kind, unit.repeats))
+            units.append(Unit(chosen, unit.others + left, unit.fold, unit.fold_kind))
     return units

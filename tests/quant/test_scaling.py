@@ -57,15 +57,27 @@ def dynamic_quantize_linear() -> ort.InferenceSession:
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
-def test_activation_quantization_is_that_of_onnxruntime(
-    shift: float, dynamic_quantize_linear: ort.InferenceSession
-) -> None:
+def test_rows_are_rounded_as_the_graph_rounds_them(shift: float) -> None:
+    """Against ONNX Runtime's QuantizeLinear with a scale per row and the zero point 128."""
     x = rows_with_loud_channels() * torch.logspace(-3, 3, 200)[:, None] + shift
     x[7] = 0
-    largest = x.abs().amax(1, keepdim=True)
-    normalized = (x / torch.where(largest > 0, largest, 1)).numpy()
-    codes, scale, zero = dynamic_quantize_linear.run(None, {"x": normalized})
-    expected = (codes.astype(np.float32) - np.float32(zero)) * scale * largest.numpy()
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"], axis=0)],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None]),
+            helper.make_tensor_value_info("scale", TensorProto.FLOAT, [None]),
+            helper.make_tensor_value_info("zero", TensorProto.UINT8, [None]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, [None, None])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    largest = x.abs().amax(1)
+    scale = (torch.where(largest > 0, largest, 1) / 127).numpy()
+    zero = np.full(200, 128, np.uint8)
+    (codes,) = session.run(None, {"x": x.numpy(), "scale": scale, "zero": zero})
+    expected = (codes.astype(np.float32) - 128) * scale[:, None]
     np.testing.assert_allclose(fake_quantize_rows(x).numpy(), expected, rtol=1e-6, atol=0)
 
 
