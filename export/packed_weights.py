@@ -136,9 +136,9 @@ def block_codes(weight: QuantizedWeight) -> NDArray[np.uint8]:
     return nibbles(blocks) if bits == 4 else blocks
 
 
-def block_scales(weight: QuantizedWeight) -> NDArray[np.float16]:
+def block_scales(weight: QuantizedWeight) -> NDArray[Any]:
     """Scales for MatMulNBits; of a whole row, repeated for each block."""
-    return float16_scales(weight).repeat(_repeats(weight), axis=1)
+    return stored_scales(weight).repeat(_repeats(weight), axis=1)
 
 
 def block_zeros(weight: QuantizedWeight) -> NDArray[np.uint8]:
@@ -161,9 +161,9 @@ def matrix_codes(weight: QuantizedWeight) -> NDArray[np.uint8]:
     return nibbles(codes.reshape(-1)) if weight.format.bits == 4 else codes
 
 
-def matrix_scales(weight: QuantizedWeight) -> NDArray[np.float16]:
+def matrix_scales(weight: QuantizedWeight) -> NDArray[Any]:
     """Scales for DequantizeLinear."""
-    return float16_scales(weight).T
+    return stored_scales(weight).T
 
 
 def matrix_zeros(weight: QuantizedWeight) -> NDArray[np.uint8]:
@@ -172,12 +172,14 @@ def matrix_zeros(weight: QuantizedWeight) -> NDArray[np.uint8]:
     return nibbles(zeros) if weight.format.bits == 4 else zeros
 
 
-def float16_scales(weight: QuantizedWeight) -> NDArray[np.float16]:
-    """The scales [out, groups] in the 16 bits that they are stored in.
+def stored_scales(weight: QuantizedWeight) -> NDArray[Any]:
+    """The scales [out, groups] in the 16 or 32 bits that they are stored in.
 
     Raises:
         ExportError: float16 does not hold them.
     """
+    if weight.format.scale_bits == 32:
+        return weight.scales
     with np.errstate(over="ignore"):
         scales = weight.scales.astype(np.float16)
     if not np.array_equal(scales.astype(np.float32), weight.scales):

@@ -76,7 +76,7 @@ def quantize_to_gptq(
     source = open_checkpoint(checkpoint)
     if isinstance(source, QuantizedCheckpoint):
         raise UsageError(f"{source.path} is quantized already; quantize the checkpoint it was made from")
-    check_final(output, replace=replace)
+    check_final(output, replace=replace, kind="checkpoint")
     scheme = gptq_scheme(source, bits, group_size, symmetric=symmetric)
     options = QuantizeOptions(scheme=scheme, method=method, device=device)
     plan(source, options)
@@ -88,5 +88,5 @@ def quantize_to_gptq(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as store:
         quantized = quantize(source, Path(store), options, items, progress)
         summary = quantized.weights.summary()
-        write_gptq_checkpoint(source, quantized.weights, output, progress, replace=replace)
+        write_gptq_checkpoint(quantized, quantized.weights, output, progress, replace=replace)
     return summary

@@ -58,6 +58,12 @@ class QuantizedCheckpoint(Checkpoint):
             return self.weights.weight(name).dequantized()[start:stop]
         return super().read(name, start, stop)
 
+    def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """As for a float checkpoint; a quantized matrix comes as the float32 that `info` describes."""
+        if name in self.weights.formats:
+            return self.read(name, start, stop)
+        return super().read_stored(name, start, stop)
+
     @property
     def n_parameters(self) -> int:
         quantized = sum(out * inputs for out, inputs in map(self.weights.shape, self.weights.formats))

@@ -2,7 +2,8 @@
 
 W[o, i] = (codes[o, i] − zeros[o, g(i)]) · scales[o, g(i)], where inputs share a group g of `group_size`
 neighbours. Codes are unsigned; a symmetric weight has the constant zero point 2^(bits−1). Scales are values
-that float16 holds exactly, so that every format stores the same numbers.
+that float16 holds exactly, so that every format stores the same numbers; only 8-bit weights of bitsandbytes have
+float32 scales.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from zreward.errors import QuantizationError
 
 BITS = (4, 8)
-SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class WeightFormat:
             scale per token found at run time, and the product is in whole numbers.
         act_order: the codes have their inputs in another order than the layer, which `QuantizedWeight.order`
             tells. It is known before the weight is read, because a graph must reorder its activations.
+        scale_bits: of a stored scale: 16, or 32 where another tool's scales do not fit float16.
     """
 
     bits: int
@@ -39,6 +40,7 @@ class WeightFormat:
     symmetric: bool = True
     activations: str = "float"
     act_order: bool = False
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -89,8 +91,8 @@ class WeightFormat:
         return replace(self, group_size=size)
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Stored bits a weight, with 16-bit scales and zero points of `bits` bits."""
-        overhead = SCALE_BITS + (0 if self.symmetric else self.bits)
+        """Stored bits a weight, scales and zero points of `bits` bits included."""
+        overhead = self.scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + overhead * self.n_groups(in_features) / in_features
 
 
@@ -101,7 +103,7 @@ class QuantizedWeight:
     Attributes:
         format: bits, groups and symmetry.
         codes: uint8 [out, in], one code an element whatever the bits.
-        scales: float32 [out, groups], positive, values that float16 holds.
+        scales: float32 [out, groups], positive; float16 holds them unless `format.scale_bits` is 32.
         zeros: uint8 [out, groups]; all `format.middle` where symmetric.
         order: where not None, int64 [in]: column j of `codes` is input `order[j]` (act-order checkpoints).
     """

@@ -133,7 +133,10 @@ class _Products:
         return add_initializer(self.graph, tensor)
 
     def _scales(self, builder: tape.Tape, source: str, pack: Pack, shape: tuple[int, ...]) -> ir.Value:
-        """Scales, stored as float16."""
+        """Scales as float32, whatever they are stored in."""
+        chosen = self.reader.weights.formats[source]
+        if isinstance(chosen, WeightFormat) and chosen.scale_bits == 32:
+            return self._part(source, "scales", pack, ir.DataType.FLOAT, shape)
         stored = self._part(source, "scales", pack, ir.DataType.FLOAT16, shape)
         scales: ir.Value = builder.op("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
         return scales

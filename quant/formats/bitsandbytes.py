@@ -31,7 +31,7 @@ from zreward.quant.tensor import CodebookFormat, CodebookWeight, QuantizedWeight
 from zreward.safetensors_file import TensorInfo, is_count
 
 _STATE = ".quant_state.bitsandbytes__"
-_INT8 = WeightFormat(bits=8)
+_INT8 = WeightFormat(bits=8, scale_bits=32)
 
 
 class BitsandbytesWeights:
