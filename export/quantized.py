@@ -53,6 +53,7 @@ class QuantizationOptions:
         evaluation: held-out JSONL (labels under `scores` are used), or "scenes"; None as for calibration.
         budget: stored bits per quantized weight that formats may be mixed up to.
         allow_drift: write the bundle although its drift exceeds the contract's limits, or nothing judged it.
+        judged: False, with `allow_drift`, leaves the judgement out where it would be possible.
         device: where calibration runs, for example "cpu" or "cuda".
     """
 
@@ -62,6 +63,7 @@ class QuantizationOptions:
     evaluation: str | None = None
     budget: float | None = None
     allow_drift: bool = False
+    judged: bool = True
     device: str = "cpu"
 
 
@@ -105,7 +107,7 @@ def plan_quantization(source: Checkpoint, options: QuantizationOptions) -> Quant
         raise QuantizationError("a budget is spent by measurement; give --calibration FILE")
     if calibration:
         calibration_items(calibration)  # a file with a mistake is refused now
-    evaluation = options.evaluation or default
+    evaluation = options.evaluation or (default if options.judged else None)
     if evaluation is None and not options.allow_drift:
         raise QuantizationError(
             "a quantized bundle must be judged on held-out data; give --evaluation FILE, or --allow-drift to "
