@@ -3,8 +3,8 @@
     python benchmarks/random_checkpoint.py --shape 0.8B --output build/random-0.8B
 
 Weights are bfloat16 in safetensors shards of at most 2 GB, written one shard at a time, so that a 9B
-checkpoint needs 2 GB of memory and 19 GB of disk. The shapes are those of the published models; the
-tokenizer is a byte-level BPE trained on the rubric texts, because only its ids have to fit the vocabulary.
+checkpoint needs 2 GB of memory and 19 GB of disk. The shapes are those of the published models, for 4B about that
+size; the tokenizer is a byte-level BPE trained on the rubric texts, because only its ids have to fit the vocabulary.
 """
 
 from __future__ import annotations
@@ -49,6 +49,17 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
             "intermediate_size": 3072,
             "num_heads": 12,
             "out_hidden_size": 1024,
+        },
+        True,
+    ),
+    "4B": (
+        {"hidden_size": 2560, "num_hidden_layers": 32, "intermediate_size": 9216},
+        {
+            "hidden_size": 1024,
+            "depth": 24,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "out_hidden_size": 2560,
         },
         True,
     ),

@@ -168,9 +168,9 @@ class _Calibrated:
         shapes = {name: self.checkpoint.info(name).shape for name in self.table.formats}
         self.table = mixed_table(self.table, units, budget, shapes)
         for unit in units:
-            chosen = self.table.formats[unit.layers[0]]
-            kl = next(kl for candidate, kl in unit.kl.items() if candidate.bits == chosen.bits)
-            self.sensitivity |= dict.fromkeys(unit.layers, kl)
+            name = unit.layers[0]
+            fitted = {c.fitted(shapes[name][1]): kl for c, kl in unit.kl.items()}
+            self.sensitivity |= dict.fromkeys(unit.layers, fitted[self.table.formats[name]])
 
     def _quantize_block(self, block: Block, module: nn.Module, states: list[Activations]) -> None:
         formats = block_formats(self.table, block.prefix)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -26,6 +26,8 @@ from zreward.quant.tensor import WeightFormat
 from zreward.quant.units import Unit, units_of
 
 EIGHT_BITS = WeightFormat(8, DEFAULT_GROUP)
+
+_FINER = (32, 16)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,13 @@ def mixed_table(
 
 
 def alternatives(chosen: WeightFormat) -> tuple[WeightFormat, ...]:
-    """What a unit may have instead of `chosen` under a budget: 4-bit weights may have 8 bits."""
-    return (chosen, EIGHT_BITS) if chosen.bits == 4 else (chosen,)
+    """What a unit may have under a budget instead of 4 bits: smaller groups, or 8 bits."""
+    if chosen.bits != 4:
+        return (chosen,)
+    finer = (
+        replace(chosen, group_size=size) for size in _FINER if size < (chosen.group_size or DEFAULT_GROUP)
+    )
+    return (chosen, *finer, EIGHT_BITS)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,7 @@ from zreward.errors import BackendError
 
 _ERRORS_ONLY = 3  # onnxruntime's severity scale: 2 warns about every initializer that it folds
 
-_PRECISE = {
-    # Weights that a graph dequantizes are multiplied as floats; by default their inputs would be rounded too.
-    "session.qdq_matmulnbits_accuracy_level": "0",
-    # Without VNNI, sums of uint8 × int8 products saturate in 16 bits; this takes the exact way there.
-    "session.x64quantprecision": "1",
-}
+_WHOLE_NUMBER_PRODUCT = b"MatMulIntegerToFloat"
 
 
 class OrtSession:
@@ -34,8 +30,10 @@ class OrtSession:
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = int(threads)
-        for key, value in _PRECISE.items():
-            options.add_session_config_entry(key, value)
+        # Weights that a graph dequantizes are multiplied as floats; by default their inputs would be rounded too.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in path.read_bytes():
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if frugal:
             options.enable_cpu_mem_arena = False
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -55,3 +53,15 @@ class OrtSession:
         except Exception as error:  # as above; out of memory comes this way too
             raise BackendError(f"onnxruntime failed while running a graph ({error})") from None
         return results
+
+
+def _sums_exactly() -> bool:
+    """Whether uint8 × int8 products are summed in 32 bits; x86 without VNNI saturates in 16.
+
+    ONNX Runtime has an exact way there, which it takes when asked. Where /proc/cpuinfo does not tell, it is asked.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text().lower()
+    except OSError:
+        return platform.machine().lower() in ("arm64", "aarch64")
+    return "vnni" in flags or "flags" not in flags  # Arm lists "features"

@@ -1,0 +1,251 @@
+"""Exports with quantization: what is decided and refused first, what judges the result, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import Cli
+from zreward.bundle import Bundle
+from zreward.checkpoint import Checkpoint
+from zreward.contract import DriftLimits, ScoreContract
+from zreward.errors import CheckpointError, QuantizationError, UsageError, ZrewardError
+from zreward.export import ExportOptions, export_bundle
+from zreward.export.quantized import DRIFT_FILE, DRIFT_PAGE, QuantizationOptions, plan_quantization
+from zreward.quant.calibrate import scene_items
+from zreward.quant.drift import DriftReport
+from zreward.runtime import Scorer
+from zreward.runtime.verify import verify_bundle
+
+UNJUDGED = QuantizationOptions("int4", method="rtn", allow_drift=True, judged=False)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three prompts with three labelled images each."""
+    folder = tmp_path_factory.mktemp("held-out")
+    lines = []
+    for index, item in enumerate(scene_items(21, n_prompts=3, candidates=3)):
+        Image.fromarray(np.asarray(item.image)).save(folder / f"{index}.png")
+        lines.append({"prompt": item.prompt, "image": f"{index}.png", "scores": dict(item.scores)})
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def export(checkpoint: Path, output: Path, quantization: QuantizationOptions, **options: Any) -> Bundle:
+    return export_bundle(checkpoint, output, ExportOptions(quantization=quantization, **options))
+
+
+def options_for(held_out: Path, scheme: str = "int4", **more: Any) -> QuantizationOptions:
+    more.setdefault("method", "rtn")
+    more.setdefault("allow_drift", True)
+    return QuantizationOptions(scheme, evaluation=str(held_out), **more)
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_checkpoint: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """4 bits by GPTQ, the vision tower in 8, mixed within a budget, calibrated and judged on the same few images."""
+    quantization = options_for(
+        held_out,
+        "int4-g16,model.visual.*=int8-weight-g16",
+        method="gptq",
+        calibration=str(held_out),
+        budget=7.0,
+    )
+    return export(tiny_checkpoint, tmp_path_factory.mktemp("judged") / "bundle", quantization)
+
+
+def test_a_quantized_bundle_proves_itself_and_has_its_report(judged: Bundle) -> None:
+    assert verify_bundle(judged.path).n_golden > 0
+    facts = judged.manifest.quantization
+    assert facts is not None
+    assert facts["method"] == "gptq"
+    assert facts["bits_per_weight"] <= 7.0
+    formats = {layer["format"] for layer in facts["layers"].values()}
+    assert {"int4-g16", "int8-weight-g16"} <= formats
+    assert any(layer["sensitivity"] > 0 for layer in facts["layers"].values())
+    assert {DRIFT_FILE, DRIFT_PAGE} <= set(judged.manifest.files)
+    drift = DriftReport.load(judged.path / DRIFT_FILE)
+    assert (drift.n_items, drift.n_prompts) == (9, 3)
+    assert drift.size is not None
+    assert drift.size.weight_bytes_after < drift.size.weight_bytes_before
+    assert 0 < drift.overall.kl.mean < 1
+    assert not [p for p in judged.path.iterdir() if p.is_dir() and p.name != "golden"]
+
+
+def test_the_report_compares_what_the_bundles_score(
+    judged: Bundle, tiny_bundle: Path, held_out: Path
+) -> None:
+    lines = [json.loads(line) for line in held_out.read_text().splitlines()]
+    pairs = [(line["prompt"], held_out.parent / line["image"]) for line in lines]
+    with Scorer.open(tiny_bundle) as before, Scorer.open(judged.path) as after:
+        means = [
+            np.array([[score[name].mean for name in before.contract.dimension_names] for score in scores])
+            for scores in (before.score_pairs(pairs), after.score_pairs(pairs))
+        ]
+    drift = DriftReport.load(judged.path / DRIFT_FILE)
+    found = [row.abs_difference.mean for row in drift.rows[:-1]]
+    np.testing.assert_allclose(found, np.abs(means[1] - means[0]).mean(0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-asym", "int8-weight-g16"])
+@pytest.mark.parametrize("target", ["cpu", "onnx"])
+def test_every_target_runs_every_scheme(
+    scheme: str, target: str, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = export(
+        tiny_checkpoint, tmp_path / "bundle", dataclasses.replace(UNJUDGED, scheme=scheme), target=target
+    )
+    verify_bundle(bundle.path)
+    image = Image.new("RGB", (64, 64), "teal")
+    with Scorer.open(tiny_bundle) as float_scorer, Scorer.open(bundle.path) as scorer:
+        expected, found = (s.score(prompt="a teal square", images=[image])[0] for s in (float_scorer, scorer))
+    for name in bundle.contract.dimension_names:
+        assert not np.array_equal(found[name].probs, expected[name].probs)
+        assert np.abs(found[name].probs - expected[name].probs).max() < 0.5  # random weights exaggerate it
+
+
+def test_drift_over_a_limit_writes_nothing(copy: Path, held_out: Path, tmp_path: Path) -> None:
+    contract = ScoreContract.load(copy)
+    dataclasses.replace(contract, drift=DriftLimits(mean_kl=1e-12)).save(copy)
+    strict = options_for(held_out, allow_drift=False)
+    with pytest.raises(QuantizationError, match=r"no bundle was written.*mean KL.*--allow-drift"):
+        export(copy, tmp_path / "out" / "bundle", strict)
+    assert not list((tmp_path / "out").iterdir())
+    export(copy, tmp_path / "out" / "bundle", dataclasses.replace(strict, allow_drift=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scheme": "int3"}, QuantizationError, "unknown format 'int3'"),
+        ({"scheme": "int4-g48"}, QuantizationError, "not a power of two"),
+        ({"scheme": "int4-g128"}, QuantizationError, "group size 128 does not divide"),
+        ({"scheme": "int4,nothing=int8"}, QuantizationError, "'nothing' names no layer"),
+        ({"scheme": "int4,lm_head=int8"}, QuantizationError, "names no layer"),
+        ({"scheme": "none"}, QuantizationError, "quantizes nothing"),
+        ({"calibration": "nowhere.jsonl", "method": None}, QuantizationError, "nowhere.jsonl: no such file"),
+        ({"evaluation": "nowhere.jsonl"}, QuantizationError, "nowhere.jsonl: no such file"),
+        ({"budget": 5.0}, QuantizationError, "a budget is spent by measurement"),
+        ({"calibration": "scenes"}, UsageError, "uses no calibration data"),
+    ],
+)
+def test_mistakes_are_known_before_any_work(
+    changes: dict[str, Any], error: type[ZrewardError], message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(QuantizationOptions("int4", method="rtn", allow_drift=True), **changes)
+    with pytest.raises(error, match=message):
+        plan_quantization(Checkpoint.open(tiny_checkpoint), options)
+    with pytest.raises(error, match=message):
+        export(tiny_checkpoint, tmp_path / "bundle", options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_nan_are_found_before_quantization(copy: Path, tmp_path: Path) -> None:
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.language_model.layers.3.mlp.down_proj.weight"][3, 5] = np.nan
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.down_proj\.weight.*NaN"):
+        export(copy, tmp_path / "out" / "bundle", UNJUDGED)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_command_line_quantizes_and_says_what_it_did(
+    cli: Cli, tiny_checkpoint: Path, held_out: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    arguments = [
+        "--quant",
+        "int8-weight-g16",
+        "--method",
+        "rtn",
+        "--evaluation",
+        str(held_out),
+        "--allow-drift",
+    ]
+    result = cli("export", tiny_checkpoint, "-o", output, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "best-of-4" in result.stdout
+    rows = [line for line in result.stdout.splitlines() if line.strip().startswith(("realism", "overall"))]
+    assert len(rows) == 2
+    assert all(len(row) <= 80 for row in rows)
+    inspected = cli("inspect", output)
+    assert "int8-weight-g16 by rtn" in inspected.stdout
+    assert "decay of the recurrent state" in inspected.stdout
+    again = cli("quantize", tiny_checkpoint, "-o", tmp_path / "gptq", "--bits", "4", "--method", "rtn")
+    assert again.returncode == 0, again.stderr
+    assert cli("export", tmp_path / "gptq", "-o", tmp_path / "second", "--quant", "int4").returncode == 2
+    assert cli("export", tmp_path / "gptq", "-o", tmp_path / "second").returncode == 0
+    verify_bundle(tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--quant", "int5"], 1, "unknown format"),
+        (["--quant", "int4", "--budget", "many"], 1, "is not a number of bits"),
+        (["--method", "rtn"], 2, "belong to --quant"),
+    ],
+)
+def test_the_command_line_refuses(
+    arguments: list[str], status: int, message: str, cli: Cli, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    result = cli("export", tiny_checkpoint, "-o", tmp_path / "bundle", *arguments)
+    assert result.returncode == status
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+EXPORT = """
+import sys
+from zreward.export import ExportOptions, export_bundle
+from zreward.export.quantized import QuantizationOptions
+quantization = QuantizationOptions("int4", method="rtn", evaluation=sys.argv[3], allow_drift=True)
+export_bundle(sys.argv[1], sys.argv[2], ExportOptions(parity=False, force=True, quantization=quantization))
+"""
+
+
+def test_killed_at_any_moment_a_quantized_export_leaves_a_good_bundle_or_none(
+    tiny_checkpoint: Path, held_out: Path, tmp_path: Path
+) -> None:
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", EXPORT, str(tiny_checkpoint), str(output), str(held_out)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    output = tmp_path / "folder" / "bundle"
+    begin = time.perf_counter()
+    assert start(output).wait() == 0
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(output)
+    generator = random.Random(7)
+    for _ in range(10):
+        running = start(output)
+        try:
+            running.wait(timeout=generator.uniform(0, 1.1 * seconds))
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+        if output.exists():
+            verify_bundle(output)
+    assert start(output).wait() == 0
+    verify_bundle(output)
+    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
