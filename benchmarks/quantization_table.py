@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import tempfile
 from pathlib import Path
@@ -27,6 +28,8 @@ from zreward.quant.allocate import parse_budget
 from zreward.quant.calibrate import HELD_OUT_SEED, Item, scene_items
 from zreward.quant.report import drift_report
 
+COLOURS = ("#1d5fd1", "#c2410c", "#15803d", "#7e22ce", "#b45309")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rivals", type=Path, help="folder of dense checkpoints with a rival.json each")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="also draw size against drift, as SVG")
     options = parser.parse_args()
     items = scene_items(HELD_OUT_SEED, options.prompts, 6)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +61,8 @@ def main() -> None:
             print(as_markdown(rows[-1:]), flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(rows, indent=2) + "\n")
+    if options.plot:
+        options.plot.write_text(as_svg([row for row in rows if row["bits_per_weight"] < 6]))
     print("\n| quantization | bits | mean KL | mean abs Δμ | flips | HPA change, points |")
     print("|---|---|---|---|---|---|")
     print(as_markdown(sorted(rows, key=lambda row: row["mean_kl"])))
@@ -119,6 +125,60 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
         f"{row['mean_abs_difference']:.4f} | {row['pair_flips']:.2%} | {100 * row['hpa_change']:+.2f} |"
         for row in rows
     )
+
+
+def as_svg(rows: list[dict[str, Any]]) -> str:
+    """Bits per weight against mean KL (logarithmic), a colour for each tool; ours are named."""
+    width, height, left, right, top, bottom = 760, 440, 70, 190, 40, 390
+    bits = [row["bits_per_weight"] for row in rows]
+    logs = [math.log10(row["mean_kl"]) for row in rows]
+    low, high = min(logs) - 0.1, max(logs) + 0.1
+    first, last = min(bits) - 0.05, max(bits) + 0.05
+
+    def across(value: float) -> float:
+        return left + (value - first) / (last - first) * (width - left - right)
+
+    def up(value: float) -> float:
+        return bottom - (math.log10(value) - low) / (high - low) * (bottom - top)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="13"><rect width="100%" height="100%" fill="#fff"/>',
+        f'<text x="{left}" y="22" fill="#555">mean KL of the scores, nats: lower is better</text>',
+        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle" fill="#555">'
+        "stored bits per quantized weight, scales included</text>",
+    ]
+    for power in range(-5, 0):
+        for step in (1, 2, 5):
+            value = step * 10.0**power
+            if low <= math.log10(value) <= high:
+                y = up(value)
+                parts.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#e2e2e2"/>')
+                parts.append(
+                    f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{value:g}</text>'
+                )
+    for tick in range(round(10 * first), round(10 * last) + 1):
+        if tick % 2 == 0 and first <= tick / 10 <= last:
+            parts.append(
+                f'<text x="{across(tick / 10):.1f}" y="{bottom + 20}" text-anchor="middle" fill="#555">'
+                f"{tick / 10:g}</text>"
+            )
+    tools = list(dict.fromkeys(row["name"].replace("-", " ").split()[0] for row in rows))
+    for order, (tool, colour) in enumerate(zip(tools, COLOURS, strict=False)):
+        y = top + 20 * order
+        parts.append(f'<circle cx="{width - right + 20}" cy="{y}" r="5" fill="{colour}"/>')
+        parts.append(f'<text x="{width - right + 32}" y="{y + 4}" fill="#333">{tool}</text>')
+    for row in rows:
+        tool, *settings = row["name"].replace("-", " ").split()
+        x, y, colour = across(row["bits_per_weight"]), up(row["mean_kl"]), COLOURS[tools.index(tool)]
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.85"/>')
+        if tool == "zreward":
+            text = " ".join(settings).replace("budget ", "")
+            label = y - 10 if text.endswith("rtn") else y + 18
+            parts.append(
+                f'<text x="{x:.1f}" y="{label:.1f}" text-anchor="middle" fill="{colour}">{text}</text>'
+            )
+    return "".join(parts) + "</svg>\n"
 
 
 def quiet(stage: str, done: int, total: int) -> None:
