@@ -66,7 +66,7 @@ def test_reads_int8_as_bitsandbytes_does() -> None:
     for name in expected.files:
         assert np.allclose(checkpoint.read(name), expected[name], rtol=3e-7, atol=0)
     weight = checkpoint.weights.weight(NAME)
-    assert isinstance(weight, QuantizedWeight) and weight.format == WeightFormat(8)
+    assert isinstance(weight, QuantizedWeight) and weight.format == WeightFormat(8, scale_bits=32)
     assert weight.scales.shape == (48, 1) and (weight.zeros == 128).all()
 
 
