@@ -47,6 +47,7 @@ from zreward.image import MAX_ASPECT_RATIO
 from zreward.jsonfile import write_json
 from zreward.prompt import TOKENIZER_FILE, PromptEncoder, load_tokenizer
 from zreward.quant.formats import open_checkpoint
+from zreward.quant.source import QuantizedCheckpoint
 from zreward.staging import staged_directory
 
 GOLDEN_TOLERANCE = 2e-3
@@ -117,6 +118,10 @@ def export_bundle(
     contract = source.contract()
     encoder = PromptEncoder(contract, load_tokenizer(source.path))
     _check_tokenizer(source, encoder)
+    if options.parity and (options.quantization or isinstance(source, QuantizedCheckpoint)):
+        raise UsageError(
+            "--parity compares float weights with transformers; a quantized bundle is judged by its drift"
+        )
     plan = plan_quantization(source, options.quantization) if options.quantization else None
     with staged_directory(Path(output), replace=options.force) as staging:
         job = LoweringJob(

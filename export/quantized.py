@@ -21,6 +21,7 @@ from zreward.checkpoint import Checkpoint
 from zreward.errors import QuantizationError, UsageError
 from zreward.export.job import Lowered, Progress, QuantizationJob
 from zreward.quant.calibrate import (
+    SCENES,
     SCENES_MAX_PARAMETERS,
     Item,
     calibration_items,
@@ -105,7 +106,7 @@ def plan_quantization(source: Checkpoint, options: QuantizationOptions) -> Quant
         raise QuantizationError(f"{method} needs calibration data; give --calibration FILE, or --method rtn")
     if options.budget is not None and calibration is None:
         raise QuantizationError("a budget is spent by measurement; give --calibration FILE")
-    if calibration:
+    if calibration and calibration != SCENES:
         calibration_items(calibration)  # a file with a mistake is refused now
     evaluation = options.evaluation or (default if options.judged else None)
     if evaluation is None and not options.allow_drift:

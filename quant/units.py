@@ -7,8 +7,10 @@ makes that input.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from zreward.quant.tensor import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Unit:
 
     Attributes:
         layers: names within the block, without ".weight"; the first is where the input is watched.
-        others: layers that read the same input and are not quantized.
+        others: layers that read the same input and are not quantized, or in another format.
         fold: what makes the input and can take a scale per channel; None where nothing can.
         fold_kind: "scale" (weight and, where there is one, bias), "rmsnorm" (stored as weight − 1) or "rows" (of
             a product).
@@ -55,8 +57,6 @@ _DECODER = (
     Unit(("self_attn.o_proj",)),
     *_MLP,
 )
-
-
 _MERGER = (
     Unit(("linear_fc1",), fold="norm", fold_kind="scale"),
     Unit(("linear_fc2",)),
@@ -64,18 +64,18 @@ _MERGER = (
 _UNITS = {"vision": _VISION, "merger": _MERGER, "decoder": _DECODER}
 
 
-def units_of(kind: str, present: Iterable[str]) -> list[Unit]:
-    """The units of a block in the order they run, without the layers that are not in `present`.
+def units_of(kind: str, formats: Mapping[str, WeightFormat]) -> list[Unit]:
+    """The units of a block in the order they run; matrices of one input in two formats are two units.
 
     Args:
         kind: of the block: vision, merger or decoder.
-        present: layers of this block that are to be quantized, named within the block.
+        formats: of the layers that are to be quantized, by their names within the block.
     """
-    wanted = set(present)
     units = []
     for unit in _UNITS[kind]:
-        chosen = tuple(layer for layer in unit.layers if layer in wanted)
-        if chosen:
-            left = tuple(layer for layer in unit.layers if layer not in wanted)
-            units.append(Unit(chosen, unit.others + left, unit.fold, unit.fold_kind))
+        present = [layer for layer in unit.layers if layer in formats]
+        for chosen in dict.fromkeys(formats[layer] for layer in present):
+            layers = tuple(layer for layer in present if formats[layer] == chosen)
+            rest = tuple(layer for layer in unit.layers if layer not in layers)
+            units.append(replace(unit, layers=layers, others=unit.others + rest))
     return units

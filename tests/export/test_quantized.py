@@ -204,6 +204,7 @@ def test_the_command_line_quantizes_and_says_what_it_did(
         (["--quant", "int5"], 1, "unknown format"),
         (["--quant", "int4", "--budget", "many"], 1, "is not a number of bits"),
         (["--method", "rtn"], 2, "belong to --quant"),
+        (["--quant", "int4", "--parity"], 2, "is judged by its drift"),
     ],
 )
 def test_the_command_line_refuses(

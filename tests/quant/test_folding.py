@@ -31,7 +31,7 @@ def test_folded_scales_cancel(
         module = network.load(block)
         before = network.step(block, module, states[0]).hidden
         layers = [n.removesuffix(".weight") for n, p in module.named_parameters() if p.ndim == 2]
-        units = [unit for unit in units_of(block.kind, layers) if unit.fold]
+        units = [unit for unit in units_of(block.kind, dict.fromkeys(layers, INT8)) if unit.fold]
         assert units
         for unit in units:
             times = repeats(module, unit)
@@ -41,6 +41,14 @@ def test_folded_scales_cancel(
             assert f"{unit.fold}.weight" in changed
         after = network.step(block, module, states[0]).hidden
     assert float((after - before).abs().max()) < 2e-4 * float(before.abs().max())
+
+
+def test_layers_of_one_input_in_two_formats_are_two_units() -> None:
+    int4 = WeightFormat(4, 16)
+    formats = {"self_attn.q_proj": INT8, "self_attn.k_proj": int4, "self_attn.v_proj": INT8}
+    first, second = units_of("decoder", formats)
+    assert (first.layers, first.others) == (("self_attn.q_proj", "self_attn.v_proj"), ("self_attn.k_proj",))
+    assert (second.layers, second.others) == (("self_attn.k_proj",), ("self_attn.q_proj", "self_attn.v_proj"))
 
 
 def test_smoothing_never_makes_the_rounding_of_a_layer_worse(
@@ -53,7 +61,7 @@ def test_smoothing_never_makes_the_rounding_of_a_layer_worse(
         block = network.blocks[0]
         module = network.load(block)
         module.get_parameter("norm2.weight").data[7] *= 80
-        unit = next(u for u in units_of("vision", ["mlp.linear_fc1"]) if u.layers == ("mlp.linear_fc1",))
+        unit = units_of("vision", {"mlp.linear_fc1": INT8})[0]
         found = smooth(network, block, module, unit, {"mlp.linear_fc1": INT8}, states)
     assert found.alpha > 0
     assert found.before.channel_ratio > 3 * found.after.channel_ratio
