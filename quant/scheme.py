@@ -49,7 +49,7 @@ KEPT = (
     Rule("*.embed_tokens.weight", False, "looked up, never multiplied; stays in the checkpoint's own type"),
     Rule("lm_head.weight", False, "only the score rows are kept, and they decide the answer"),
     Rule("*.visual.pos_embed.weight", False, "looked up and interpolated, never multiplied"),
-    Rule("*.visual.patch_embed.*", False, "reads the pixels; 0.1 % of the weights"),
+    Rule("*.visual.patch_embed.*", False, "reads the pixels; a small share of the weights"),
     Rule("*.linear_attn.conv1d.weight", False, "four taps a channel, in front of the recurrent state"),
     Rule(
         "*.linear_attn.in_proj_a.weight", False, "sets the decay of the recurrent state, an exponential of it"

@@ -64,7 +64,11 @@ def print_quantization(facts: Mapping[str, Any]) -> None:
         weights = sum(math.prod(layer["shape"]) for layer in layers)
         error = max(layer["error"] for layer in layers)
         table.add_row(
-            name.removeprefix("model."), chosen, str(len(layers)), f"{weights / 1e6:,.2f} M", f"{error:.2%}"
+            name.removeprefix("model.").removeprefix("language_model."),
+            chosen,
+            str(len(layers)),
+            f"{weights / 1e6:,.2f} M",
+            f"{error:.2%}",
         )
     console.stdout().print(table)
     kept = console.plain_table("kept as it is", "tensors")
