@@ -132,6 +132,8 @@ def run_of(model: ir.Model, rows: int, inputs: int, threads: int) -> Callable[[]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    # A session's threads spin for a while after a run, and would take a core from the next session's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -32,7 +32,7 @@ from zreward.bundle import (
 from zreward.checkpoint import Checkpoint
 from zreward.contract import ScoreContract
 from zreward.errors import BackendError, CheckpointError, ExportError, UsageError
-from zreward.export.job import TARGETS, WEIGHT_TYPES, Lowered, LoweringJob, Progress
+from zreward.export.job import TARGETS, WEIGHT_TYPES, Lowered, LoweringJob
 from zreward.export.parity import golden_scores, parity_with_reference, write_golden_images
 from zreward.export.quantized import (
     QuantizationOptions,
@@ -45,6 +45,7 @@ from zreward.export.quantized import (
 from zreward.export.worker import lower_in_child
 from zreward.image import MAX_ASPECT_RATIO
 from zreward.jsonfile import write_json
+from zreward.progress import Progress
 from zreward.prompt import TOKENIZER_FILE, PromptEncoder, load_tokenizer
 from zreward.quant.formats import open_checkpoint
 from zreward.quant.source import QuantizedCheckpoint

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zreward.bundle import EmbeddingInfo, StateInfo
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total), in bytes while weights are written."""
 
 TARGETS = ("cpu", "onnx")
 WEIGHT_TYPES = ("fp32", "fp16", "bf16")

@@ -13,10 +13,11 @@ from zreward.bundle import StateInfo
 from zreward.checkpoint import Checkpoint
 from zreward.errors import ExportError
 from zreward.export.graph import EMBEDDING, graphs_from_checkpoint
-from zreward.export.job import Lowered, LoweringJob, Progress, QuantizationJob
+from zreward.export.job import Lowered, LoweringJob, QuantizationJob
 from zreward.export.passes.weight_storage import STORED_TYPES
 from zreward.export.storage import graph_weight_bytes, write_embedding, write_graph
 from zreward.export.targets import LOWERINGS
+from zreward.progress import Progress
 from zreward.quant.formats import open_checkpoint
 from zreward.quant.source import QuantizedCheckpoint
 

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from zreward.bundle import Bundle, GoldenItem, ParityInfo
 from zreward.errors import ExportError
+from zreward.export.pieces import PiecewiseSession
 from zreward.golden import golden_inputs
 from zreward.image import ImageSpec, preprocess
 from zreward.runtime.engine import Engine
 
 GOLDEN_FOLDER = "golden"
-
-_PACKED_BYTES = 1_500_000_000  # packing doubles the memory that an export may need
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ def write_golden_images(directory: Path, spec: ImageSpec) -> list[str]:
 def golden_scores(bundle: Bundle, names: Sequence[str]) -> Golden:
     """Score the golden inputs with the bundle itself."""
     prompts = [prompt for prompt, _ in golden_inputs(bundle.contract.image)]
-    engine = Engine(bundle, frugal=_is_frugal(bundle))
+    engine = Engine(bundle, open_graph=PiecewiseSession)
     patches = [preprocess(bundle.path / name, bundle.contract.image) for name in names]
-    features = [engine.encode_image(p) for p in patches]  # all images first: a frugal engine switches once
     probs = []
-    for prompt, image, p in zip(prompts, features, patches, strict=True):
+    for prompt, p in zip(prompts, patches, strict=True):
+        image = engine.encode_image(p)
         state = engine.image_state(engine.prompt_state(prompt), [image], p.token_grid)
         probs.append(engine.answer(state).probs[0].astype(np.float64))
     if not np.isfinite(probs).all():
@@ -63,16 +62,6 @@ def golden_scores(bundle: Bundle, names: Sequence[str]) -> Golden:
         for prompt, name, p in zip(prompts, names, probs, strict=True)
     )
     return Golden(items, np.stack(probs))
-
-
-def _is_frugal(bundle: Bundle) -> bool:
-    """Whether to save memory rather than time.
-
-    A frugal session does not pack weights. For floats the scores are the same; for codes of 4 and 8 bits ONNX
-    Runtime then computes in floats, so golden scores of models that fit are made the way users will score.
-    """
-    n_bytes = sum((bundle.path / f"{graph}.data").stat().st_size for graph in bundle.manifest.graphs.values())
-    return bundle.manifest.quantization is None or n_bytes > _PACKED_BYTES
 
 
 def parity_with_reference(checkpoint: Path, bundle: Bundle, golden: Golden) -> ParityInfo:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from zreward.bundle import Bundle
 from zreward.checkpoint import Checkpoint
 from zreward.errors import QuantizationError, UsageError
-from zreward.export.job import Lowered, Progress, QuantizationJob
+from zreward.export.job import Lowered, QuantizationJob
+from zreward.progress import Progress
 from zreward.quant.calibrate import (
     SCENES,
     SCENES_MAX_PARAMETERS,

@@ -21,8 +21,9 @@ from typing import Any
 import zreward
 from zreward import errors
 from zreward.errors import ExportError, ZrewardError
-from zreward.export.job import Lowered, LoweringJob, Progress
+from zreward.export.job import Lowered, LoweringJob
 from zreward.jsonfile import dataclass_from_json
+from zreward.progress import Progress
 
 _STDERR_LINES = 15
 

@@ -67,6 +67,13 @@ class Batch:
     positions: NDArray[np.int64]
     dimensions: NDArray[np.int64]
 
+    @property
+    def image_items(self) -> NDArray[np.int64]:
+        """Which item each image belongs to, int64 [images]."""
+        items = np.zeros(int(self.images.max()) + 1, dtype=np.int64)
+        items[self.images] = self.indices
+        return items
+
 
 def items_from_file(path: Path) -> list[Item]:
     """The items of a JSONL file with `prompt` and `image` a line, and `scores` where there are labels.

@@ -7,13 +7,13 @@ export has more freedom (other layers, mixed formats, 8-bit activations) and qua
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 from zreward.checkpoint import Checkpoint
 from zreward.errors import QuantizationError, UsageError
+from zreward.progress import Progress
 from zreward.quant.calibrate import calibration_items, default_data
 from zreward.quant.formats import open_checkpoint
 from zreward.quant.formats.gptq_writer import is_gptq_layer, write_gptq_checkpoint
@@ -21,9 +21,9 @@ from zreward.quant.quantize import QuantizeOptions, plan, quantize
 from zreward.quant.scheme import DEFAULT_GROUP
 from zreward.quant.source import QuantizedCheckpoint
 from zreward.quant.tensor import BITS
-from zreward.staging import check_final
+from zreward.staging import staged_directory
 
-Progress = Callable[[str, int, int], None]
+_STORE = "quantized"
 
 
 def gptq_scheme(checkpoint: Checkpoint, bits: int, group_size: int | None, *, symmetric: bool) -> str:
@@ -76,7 +76,6 @@ def quantize_to_gptq(
     source = open_checkpoint(checkpoint)
     if isinstance(source, QuantizedCheckpoint):
         raise UsageError(f"{source.path} is quantized already; quantize the checkpoint it was made from")
-    check_final(output, replace=replace, kind="checkpoint")
     scheme = gptq_scheme(source, bits, group_size, symmetric=symmetric)
     options = QuantizeOptions(scheme=scheme, method=method, device=device)
     plan(source, options)
@@ -84,9 +83,12 @@ def quantize_to_gptq(
     if method != "rtn" and data is None:
         raise QuantizationError(f"{method} needs calibration data; give --calibration FILE, or --method rtn")
     items = calibration_items(data) if data else ()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as store:
-        quantized = quantize(source, Path(store), options, items, progress)
+    with staged_directory(output, replace=replace, kind="checkpoint") as staging:
+        store = staging.path / _STORE
+        store.mkdir()
+        quantized = quantize(source, store, options, items, progress)
         summary = quantized.weights.summary()
-        write_gptq_checkpoint(quantized, quantized.weights, output, progress, replace=replace)
+        write_gptq_checkpoint(quantized, quantized.weights, staging.path, progress)
+        shutil.rmtree(store)
+        staging.commit()
     return summary

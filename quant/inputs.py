@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from zreward.quant.calibrate import Batch
 from zreward.quant.gptq import HessianAccumulator
 from zreward.quant.network import Activations, Block, BlockNetwork
-from zreward.quant.scaling import fake_quantize_rows
+from zreward.quant.scaling import fake_quantize_blocks, fake_quantize_rows
+from zreward.quant.tensor import WeightFormat
+
+Items = NDArray[np.int64]
 
 
-def input_hessian(
-    network: BlockNetwork, block: Block, module: nn.Module, layer: str, states: Sequence[Activations]
-) -> Tensor:
-    """The second moments of the input of `layer` over all real tokens, float [in, in]."""
-    watched = linear_of(module, layer)
-    accumulator = HessianAccumulator(watched.in_features, network.device)
-    for state in states:
-        with watched_input(watched, partial(_add, accumulator, state.valid)):
+def input_hessians(
+    network: BlockNetwork,
+    block: Block,
+    module: nn.Module,
+    layers: Sequence[str],
+    states: Sequence[Activations],
+    weights: TokenWeights,
+) -> dict[str, Tensor]:
+    """The second moments of the inputs of `layers`, each token with its weight: float [in, in] each."""
+    found = {}
+    for layer in layers:
+        found[layer] = HessianAccumulator(linear_of(module, layer).in_features, network.device)
+    for number, state in enumerate(states):
+        with ExitStack() as watches:
+            for layer, accumulator in found.items():
+                see = partial(accumulator.add, mask=weights.of(block, layer, number))
+                watches.enter_context(watched_input(linear_of(module, layer), see))
             network.step(block, module, state)
-    return accumulator.hessian
+    return {layer: accumulator.hessian for layer, accumulator in found.items()}
 
 
 def linear_of(module: nn.Module, layer: str) -> nn.Linear:
@@ -32,8 +48,34 @@ def linear_of(module: nn.Module, layer: str) -> nn.Linear:
     return linear
 
 
-def _add(accumulator: HessianAccumulator, valid: Tensor | None, x: Tensor) -> None:
-    accumulator.add(x if valid is None else x[valid])
+class TokenWeights:
+    """How much each token counts in the statistics of a layer's input.
+
+    For each layer and batch a tensor of the shape of the input's leading axes; its mean over real tokens is 1, and
+    0 is for padding.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[tuple[Block, str], list[Tensor]] = {}
+
+    def of(self, block: Block, layer: str, batch: int) -> Tensor:
+        return self._weights[block, layer][batch]
+
+    def of_items(self, batches: Sequence[Batch], kept: Callable[[Items], NDArray[np.bool_]]) -> TokenWeights:
+        """The same with 0 for tokens of items that are not kept; `kept` tells for an array of item indices."""
+        masked = TokenWeights()
+        for (block, layer), weights in self._weights.items():
+            parts = []
+            for batch, weight in zip(batches, weights, strict=True):
+                items = batch.indices if block.kind == "decoder" else batch.image_items
+                mask = torch.from_numpy(kept(items))[:, None]
+                parts.append((weight.reshape(len(items), -1) * mask).reshape(weight.shape))
+            masked.put(block, [layer], parts)
+        return masked
+
+    def put(self, block: Block, layers: Sequence[str], batches: Sequence[Tensor]) -> None:
+        """The weights of layers that read one input, a tensor a batch."""
+        self._weights |= {(block, layer): list(batches) for layer in layers}
 
 
 @contextmanager
@@ -53,3 +95,14 @@ def watched_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[
 def quantize_inputs(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A forward pre-hook: the layer reads its input as 8-bit rows."""
     return (fake_quantize_rows(arguments[0]), *arguments[1:])
+
+
+def rounded(x: Tensor, chosen: WeightFormat) -> Tensor:
+    """What the runtime's product reads in place of x [..., in], with weights of a format.
+
+    For whole-number products these are rows of 8 bits. Products that dequantize their weights round their inputs
+    too: MatMulNBits of ONNX Runtime with accuracy level 4, to 8 bits with a scale for each group of inputs.
+    """
+    if chosen.activations == "int8":
+        return fake_quantize_rows(x)
+    return fake_quantize_blocks(x, chosen.group_size) if chosen.group_size else x

@@ -116,15 +116,18 @@ class BlockNetwork:
         hidden = module(state.hidden, **state.arguments[block.index])
         return replace(state, hidden=hidden)
 
-    def answers(self, state: Activations) -> Tensor:
-        """Bin probabilities of each row's question, float64 [rows, bins], from the last layer's output."""
+    def logits(self, state: Activations) -> Tensor:
+        """Of the bins, for each row's question, float64 [rows, bins], from the last layer's output.
+
+        They are divided by the temperatures already: their softmax is the answer.
+        """
         rows = torch.arange(len(state.hidden), device=self.device)
         last = state.hidden[rows, torch.from_numpy(state.batch.lengths - 1).to(self.device)]
         norm = self._once(f"{LANGUAGE}norm.", self._skeleton.language_model.norm)
-        logits = norm(last).double() @ self._score_rows().T
+        logits: Tensor = norm(last).double() @ self._score_rows().T
         temperatures = torch.tensor(self.contract.temperatures, dtype=torch.float64, device=self.device)
         asked = torch.from_numpy(state.batch.dimensions).to(self.device)
-        return torch.softmax(logits / temperatures[asked, None], dim=-1)
+        return logits / temperatures[asked, None]
 
     def _embed(self, batch: Batch, features: Tensor) -> Activations:
         """Place image features among the token embeddings, and let transformers work out masks and rotary."""

@@ -2,7 +2,8 @@
 
 Round-to-nearest needs no data and goes tensor by tensor. The calibrated methods go block by block: the
 activations that reach a block are those of the network whose earlier blocks are quantized already, each unit of
-the block is quantized on what its input is by then, and only the activations between two blocks are kept.
+the block is quantized on what its input is by then, and only the activations between two blocks are kept. Before
+that, a sweep through the unquantized network and back finds which tokens the scores depend on.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from zreward.checkpoint import Checkpoint
 from zreward.errors import CheckpointError, QuantizationError, UsageError
+from zreward.progress import Progress
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.quant.calibrate import Batch, Item, batches
 from zreward.quant.folding import smooth
 from zreward.quant.gptq import quantize_gptq
-from zreward.quant.inputs import input_hessian, linear_of, quantize_inputs
+from zreward.quant.gradients import token_weights
+from zreward.quant.inputs import input_hessians, linear_of, quantize_inputs
 from zreward.quant.network import Activations, Block, BlockNetwork
 from zreward.quant.rtn import quantize_rtn
 from zreward.quant.scheme import Scheme, Table, block_formats, resolve
@@ -34,7 +37,6 @@ from zreward.quant.units import units_of
 from zreward.safetensors_file import float32_from_stored
 
 METHODS = ("rtn", "gptq")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def quantize(
     if method == "rtn":
         _quantize_tensors(checkpoint, table, writer, report)
     else:
-        with torch.inference_mode():
+        with torch.no_grad():
             calibrated = _Calibrated(checkpoint, table, writer, options, items, report)
             if options.budget is not None:
                 calibrated.spend(options.budget)
@@ -135,7 +137,7 @@ def _quantize_tensors(checkpoint: Checkpoint, table: Table, writer: StoreWriter,
 
 
 class _Calibrated:
-    """GPTQ block by block."""
+    """GPTQ block by block, on statistics in which a token counts by what it moves the scores."""
 
     def __init__(
         self,
@@ -150,9 +152,10 @@ class _Calibrated:
         encoder = PromptEncoder(contract, load_tokenizer(checkpoint.path))
         self.checkpoint, self.table, self.writer, self.report = checkpoint, table, writer, report
         self.network = BlockNetwork(checkpoint, encoder, options.device)
-        self.batches: list[Batch] = batches(items, contract, encoder)
+        self.batches: list[Batch] = batches(items, contract, encoder, all_questions=True)
         self.done, self.total = 0, _n_bytes(checkpoint, table)
         self.sensitivity: dict[str, float] = {}
+        self.weights = token_weights(self.network, self.batches, self._units, writer.path, report)
 
     def run(self) -> None:
         self.report("quantizing", 0, self.total)
@@ -164,7 +167,15 @@ class _Calibrated:
 
     def spend(self, budget: float) -> None:
         """Choose formats by what they cost in the scores, within `budget` bits per weight."""
-        units = measure(self.network, self.batches, self.table, alternatives, self.report)
+        units = measure(
+            self.network,
+            self.batches,
+            self.table,
+            alternatives,
+            self.weights,
+            self.writer.path,
+            self.report,
+        )
         shapes = {name: self.checkpoint.info(name).shape for name in self.table.formats}
         self.table = mixed_table(self.table, units, budget, shapes)
         for unit in units:
@@ -172,11 +183,16 @@ class _Calibrated:
             fitted = {c.fitted(shapes[name][1]): kl for c, kl in unit.kl.items()}
             self.sensitivity |= dict.fromkeys(unit.layers, fitted[self.table.formats[name]])
 
+    def _units(self, block: Block) -> list[tuple[str, ...]]:
+        return [unit.layers for unit in units_of(block.kind, block_formats(self.table, block.prefix))]
+
     def _quantize_block(self, block: Block, module: nn.Module, states: list[Activations]) -> None:
         formats = block_formats(self.table, block.prefix)
         self._smooth_block(block, module, formats, states)
         for unit in units_of(block.kind, formats):
-            hessian = input_hessian(self.network, block, module, unit.layers[0], states)
+            first = unit.layers[0]
+            found = input_hessians(self.network, block, module, [first], states, self.weights)
+            hessian = found[first]
             for layer in unit.layers:
                 name = f"{block.prefix}{layer}.weight"
                 linear = linear_of(module, layer)

@@ -48,7 +48,8 @@ class OutlierStatistics:
 
     Attributes:
         absmax: the largest magnitude.
-        row_ratio: that, over the median of the rows' largest magnitudes: what a scale per tensor loses.
+        row_ratio: that, over the median of the rows' largest magnitudes, rows of zeros left out: what a scale per
+            tensor loses.
         channel_ratio: the largest of the channels' root mean squares over their mean: what smoothing can gain.
         channel_kurtosis: fourth moment of the channels' root mean squares over the second moment squared.
         tensor_error: relative squared error of uint8 with one scale for the tensor.
@@ -178,6 +179,11 @@ def fake_quantize_rows(x: Tensor) -> Tensor:
     return ((rows / scale).round_() * scale).to(x.dtype)
 
 
+def fake_quantize_blocks(x: Tensor, size: int) -> Tensor:
+    """As `fake_quantize_rows`, with a scale for each `size` neighbouring inputs, which divides them."""
+    return fake_quantize_rows(x.unflatten(-1, (-1, size))).flatten(-2)
+
+
 def fake_quantize_tensor(x: Tensor) -> Tensor:
     """ONNX DynamicQuantizeLinear and back: float32, one uint8 scale and zero point for all of x."""
     if not x.numel():
@@ -206,7 +212,7 @@ def outlier_statistics(x: Tensor) -> OutlierStatistics:
     )
     return OutlierStatistics(
         absmax=float(row_max.max()),
-        row_ratio=_ratio(row_max.max(), row_max.median(), 1.0),
+        row_ratio=_ratio(row_max.max(), row_max[row_max > 0].median(), 1.0) if bool(row_max.any()) else 1.0,
         channel_ratio=_ratio(channel_rms.max(), channel_rms.mean(), 1.0),
         channel_kurtosis=_ratio(channel_rms.pow(4).mean(), channel_rms.square().mean().square(), 1.0),
         tensor_error=tensor_error,

@@ -173,12 +173,12 @@ def resolve(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> Table:
         shapes: shape of each tensor by its name in the checkpoint.
 
     Raises:
-        QuantizationError: a tensor without rule, an exception that names nothing or names what must stay, or a
-            group size that does not divide.
+        QuantizationError: a tensor without rule, an exception that names nothing, names what must stay or comes
+            too late, or a group size that does not divide.
     """
     formats: dict[str, WeightFormat] = {}
     kept: dict[str, str] = {}
-    unused = {pattern for pattern, _ in scheme.exceptions}
+    unused, hidden = {pattern for pattern, _ in scheme.exceptions}, set[str]()
     for tensor, shape in shapes.items():
         rule, layer = rule_for(tensor), tensor.removesuffix(".weight")
         named = [(p, name) for p, name in scheme.exceptions if fnmatchcase(layer, p)]
@@ -186,16 +186,18 @@ def resolve(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> Table:
             kept[tensor] = rule.reason
             _refuse_kept(named, layer, rule)
             continue
-        unused -= {pattern for pattern, _ in named}
+        unused -= {pattern for pattern, _ in named[:1]}
+        hidden |= {pattern for pattern, _ in named[1:]}
         chosen = named[0][1] if named else scheme.default
         if chosen == "none":
             kept[tensor] = "the scheme leaves it as it is"
         else:
             formats[tensor] = _fitted(chosen, layer, shape[1])
-    if unused:
-        raise QuantizationError(
-            f"scheme {scheme.text!r}: {sorted(unused)[0]!r} names no layer of this checkpoint"
-        )
+    for pattern in sorted(unused):
+        problem = "names no layer of this checkpoint"
+        if pattern in hidden:
+            problem = "names only layers that an earlier exception names too; put it before that one"
+        raise QuantizationError(f"scheme {scheme.text!r}: {pattern!r} {problem}")
     if not formats:
         raise QuantizationError(f"scheme {scheme.text!r} quantizes nothing")
     return Table(scheme.text, formats, kept)

@@ -1,9 +1,12 @@
 """How much each unit's quantization moves the scores: the measurement behind mixed formats.
 
-For every unit and candidate format, the unit alone is quantized, the rest of the network runs as it is, and the
-mean KL divergence of the score distributions from the unquantized ones is what the format costs there. Blocks
-in front of the unit are not run again; those behind it are, so the whole measurement costs about half as many
-forward passes as there are blocks times units times formats.
+Each unit is quantized in each candidate format, and what its outputs then change in the scores is read off the
+gradients of one sweep back through the network (`zreward.quant.gradients`): the KL divergence of the score
+distributions that this unit alone would cause, to second order. Inputs are rounded as the runtime rounds them,
+because that moves the scores too, and less so where groups are small.
+
+One half of the items makes the statistics that candidates are quantized with, the other half is measured on: on data
+that a layer was fitted to, it would look better than it is.
 """
 
 from __future__ import annotations
@@ -11,21 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from zreward.errors import QuantizationError
+from zreward.progress import Progress
 from zreward.quant.allocate import allocate
 from zreward.quant.calibrate import Batch
 from zreward.quant.gptq import quantize_gptq
-from zreward.quant.inputs import input_hessian, linear_of, quantize_inputs
+from zreward.quant.gradients import PROBES, See, Trace, sweep_back
+from zreward.quant.inputs import TokenWeights, input_hessians, linear_of, rounded
 from zreward.quant.network import Activations, Block, BlockNetwork
 from zreward.quant.scheme import DEFAULT_GROUP, Table, block_formats
-from zreward.quant.tensor import WeightFormat
+from zreward.quant.tensor import QuantizedWeight, WeightFormat
 from zreward.quant.units import Unit, units_of
-
-EIGHT_BITS = WeightFormat(8, DEFAULT_GROUP)
 
 _FINER = (32, 16)
 
@@ -37,19 +43,12 @@ class Sensitivity:
     Attributes:
         layers: full tensor names of the unit.
         n_bits: stored bits of the unit in each candidate format.
-        kl: mean KL(unquantized ‖ quantized) of the scores in nats, in each candidate format.
+        kl: mean KL of the scores in nats, in each candidate format, if all else were exact.
     """
 
     layers: tuple[str, ...]
     n_bits: Mapping[WeightFormat, float]
     kl: Mapping[WeightFormat, float]
-
-
-def mean_kl(before: Tensor, after: Tensor) -> float:
-    """Mean over rows of Σ_k p_k ln(p_k / q_k), for float64 probabilities [rows, bins]."""
-    tiny = torch.finfo(torch.float64).tiny
-    ratio = torch.log(before.clamp_min(tiny)) - torch.log(after.clamp_min(tiny))
-    return float((before * ratio).sum(-1).mean())
 
 
 def mixed_table(
@@ -71,13 +70,12 @@ def mixed_table(
 
 
 def alternatives(chosen: WeightFormat) -> tuple[WeightFormat, ...]:
-    """What a unit may have under a budget instead of 4 bits: smaller groups, or 8 bits."""
+    """What a unit may have under a budget instead of 4 bits: smaller groups, and 8 bits."""
     if chosen.bits != 4:
         return (chosen,)
-    finer = (
-        replace(chosen, group_size=size) for size in _FINER if size < (chosen.group_size or DEFAULT_GROUP)
-    )
-    return (chosen, *finer, EIGHT_BITS)
+    size = chosen.group_size or DEFAULT_GROUP
+    sizes = [size, *(finer for finer in _FINER if finer < size)]
+    return tuple(replace(chosen, bits=bits, group_size=size) for bits in (4, 8) for size in sizes)
 
 
 def measure(
@@ -85,7 +83,9 @@ def measure(
     batches: Sequence[Batch],
     table: Table,
     candidates: Callable[[WeightFormat], Sequence[WeightFormat]],
-    report: Callable[[str, int, int], None],
+    weights: TokenWeights,
+    folder: Path,
+    report: Progress,
 ) -> list[Sensitivity]:
     """The sensitivity of every unit of `table`.
 
@@ -94,85 +94,88 @@ def measure(
         batches: inputs; each row asks one question.
         table: which layers are quantized.
         candidates: formats to try in place of the one in the table.
+        weights: of the tokens, for the statistics that candidates are quantized with.
+        folder: for temporary files.
         report: progress.
+
+    Raises:
+        QuantizationError: fewer than two items.
     """
-    load = lru_cache(maxsize=None)(network.load)
-    n_units = sum(len(_units(network, block, table)) for block in network.blocks)
-    states = [network.begin(batch) for batch in batches]
-    baseline = _answers(network, load, network.blocks, states)
-    found: list[Sensitivity] = []
-    report("measuring sensitivity", 0, n_units)
-    for index, block in enumerate(network.blocks):
-        module, formats = load(block), block_formats(table, block.prefix)
-        for unit in _units(network, block, table):
-            trial = _Trial(network, load, index, module, unit, states, baseline)
-            kl = {chosen: trial.kl(chosen) for chosen in candidates(formats[unit.layers[0]])}
-            names = tuple(f"{block.prefix}{layer}.weight" for layer in unit.layers)
-            found.append(Sensitivity(names, {f: trial.n_bits(f) for f in kl}, kl))
-            report("measuring sensitivity", len(found), n_units)
-        states = [network.step(block, module, state) for state in states]
-    return found
+    n_rows = sum(int(_is_measured(batch.indices).sum()) for batch in batches)
+    if not n_rows:
+        raise QuantizationError("a budget needs at least two calibration items")
+    fitted = weights.of_items(batches, lambda items: ~_is_measured(items))
+    trials: dict[Block, list[_Trial]] = {}
+
+    def prepare(
+        block: Block, module: nn.Module, states: Sequence[Activations]
+    ) -> Mapping[tuple[str, ...], See]:
+        formats = block_formats(table, block.prefix)
+        units = units_of(block.kind, formats)
+        first = [unit.layers[0] for unit in units]
+        hessians = input_hessians(network, block, module, first, states, fitted)
+        trials[block] = [
+            _trial(module, unit, hessians[layer], candidates(formats[layer]))
+            for unit, layer in zip(units, first, strict=True)
+        ]
+        return {trial.unit.layers: trial.see for trial in trials[block]}
+
+    sweep_back(network, batches, prepare, folder, report)
+    n_shifts = PROBES * n_rows
+    return [trial.sensitivity(block.prefix, n_shifts) for block in network.blocks for trial in trials[block]]
 
 
-@dataclass(frozen=True)
+def _is_measured(items: NDArray[np.int64]) -> NDArray[np.bool_]:
+    measured: NDArray[np.bool_] = items % 2 == 1
+    return measured
+
+
 class _Trial:
-    """One unit quantized alone, in a network that is otherwise as it was."""
+    """One unit in each candidate format, and the squared shifts of the scores that it causes.
 
-    network: BlockNetwork
-    load: Callable[[Block], nn.Module]
-    index: int
-    module: nn.Module
-    unit: Unit
-    states: Sequence[Activations]
-    baseline: Sequence[Tensor]
+    Args:
+        unit: layers of a block.
+        original: their weights float32 [out, in].
+        quantized: the same in each format.
+    """
 
-    def kl(self, chosen: WeightFormat) -> float:
-        block = self.network.blocks[self.index]
-        layers = [linear_of(self.module, layer) for layer in self.unit.layers]
-        original = [layer.weight.data for layer in layers]
-        hessian = self._hessian
-        handles = []
-        try:
-            for layer in layers:
-                fitted = chosen.fitted(layer.in_features)
-                weight = quantize_gptq(layer.weight.data, hessian, fitted, refine_passes=0)
-                layer.weight.data = torch.from_numpy(weight.dequantized()).to(layer.weight.device)
-                if fitted.activations == "int8":
-                    handles.append(layer.register_forward_pre_hook(quantize_inputs))
-            states = [self.network.step(block, self.module, state) for state in self.states]
-            after = _answers(self.network, self.load, self.network.blocks[self.index + 1 :], states)
-        finally:
-            for layer, weight_before in zip(layers, original, strict=True):
-                layer.weight.data = weight_before
-            for handle in handles:
-                handle.remove()
-        return mean_kl(torch.cat(list(self.baseline)), torch.cat(after))
+    def __init__(
+        self,
+        unit: Unit,
+        original: Mapping[str, Tensor],
+        quantized: Mapping[WeightFormat, Mapping[str, QuantizedWeight]],
+    ) -> None:
+        self.unit, self._original, self._quantized = unit, original, quantized
+        self._squares = dict.fromkeys(quantized, 0.0)
 
-    def n_bits(self, chosen: WeightFormat) -> float:
-        layers = [linear_of(self.module, layer) for layer in self.unit.layers]
-        return sum(
-            chosen.fitted(layer.in_features).bits_per_weight(layer.in_features) * layer.weight.numel()
-            for layer in layers
-        )
+    def see(self, trace: Trace) -> None:
+        measured = torch.from_numpy(_is_measured(trace.items))
+        exact = {layer: trace.x @ weight.T for layer, weight in self._original.items()}
+        for chosen, weights in self._quantized.items():
+            changes = {}
+            for layer, weight in weights.items():
+                x = rounded(trace.x, weight.format)
+                values = torch.from_numpy(weight.dequantized()).to(x.device)
+                changes[layer] = x @ values.T - exact[layer]
+            self._squares[chosen] += float(trace.shifts(changes)[:, measured].double().square().sum())
 
-    @cached_property
-    def _hessian(self) -> Tensor:
-        block = self.network.blocks[self.index]
-        return input_hessian(self.network, block, self.module, self.unit.layers[0], self.states)
+    def sensitivity(self, prefix: str, n_shifts: int) -> Sensitivity:
+        names = tuple(f"{prefix}{layer}.weight" for layer in self.unit.layers)
+        n_bits = {
+            chosen: sum(w.format.bits_per_weight(w.shape[1]) * w.codes.size for w in weights.values())
+            for chosen, weights in self._quantized.items()
+        }
+        kl = {chosen: square / (2 * n_shifts) for chosen, square in self._squares.items()}
+        return Sensitivity(names, n_bits, kl)
 
 
-def _units(network: BlockNetwork, block: Block, table: Table) -> list[Unit]:
-    return units_of(block.kind, block_formats(table, block.prefix))
-
-
-def _answers(
-    network: BlockNetwork,
-    load: Callable[[Block], nn.Module],
-    blocks: Sequence[Block],
-    states: Sequence[Activations],
-) -> list[Tensor]:
-    """Probabilities of each batch after `blocks`."""
-    for block in blocks:
-        module = load(block)
-        states = [network.step(block, module, state) for state in states]
-    return [network.answers(state) for state in states]
+def _trial(module: nn.Module, unit: Unit, hessian: Tensor, candidates: Sequence[WeightFormat]) -> _Trial:
+    original = {layer: linear_of(module, layer).weight for layer in unit.layers}
+    quantized = {
+        chosen: {
+            layer: quantize_gptq(weight, hessian, chosen.fitted(weight.shape[1]), refine_passes=0)
+            for layer, weight in original.items()
+        }
+        for chosen in candidates
+    }
+    return _Trial(unit, original, quantized)

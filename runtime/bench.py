@@ -14,7 +14,7 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ from PIL import Image
 from zreward import __version__
 from zreward.errors import UsageError
 from zreward.image import preprocess
+from zreward.progress import Progress
 from zreward.runtime.scorer import Scorer
 
 REPORT_VERSION = 1
@@ -46,8 +47,6 @@ very last without the prompt prefix."""
 
 _PROMPT = "a red cube left of a blue ball, a photograph in the evening light"
 _PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ read at each row's last real position, which padding to the right cannot reach.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,23 +57,28 @@ class Answers:
 
 
 class Engine:
-    """The graphs of one bundle, run stage by stage. Safe to call from several threads, unless frugal.
+    """The graphs of one bundle, run stage by stage. Safe to call from several threads.
 
     Args:
         bundle: the bundle to run.
         provider: see `open_session`.
         threads: see `open_session`.
-        frugal: hold one graph at a time and no packed copies of its weights. Slow to switch between vision
-            and decoder; it is for proving a large bundle in little memory.
+        open_graph: opens the graph at a path, in place of `open_session` with provider and threads.
     """
 
     def __init__(
-        self, bundle: Bundle, *, provider: str = "auto", threads: int | None = None, frugal: bool = False
+        self,
+        bundle: Bundle,
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        open_graph: Callable[[Path], Session] | None = None,
     ) -> None:
         self.bundle = bundle
         self.contract = bundle.contract
         self.encoder = PromptEncoder(bundle.contract, load_tokenizer(bundle.path))
-        self._graphs = _Graphs(bundle, provider=provider, threads=threads, frugal=frugal)
+        opened = open_graph or partial(open_session, provider=provider, threads=threads)
+        self._graphs = {name: opened(bundle.path / file) for name, file in bundle.manifest.graphs.items()}
         self._embedding = _Embedding(bundle)
         self._questions, self._last_index = self._padded_questions()
 
@@ -92,7 +98,7 @@ class Engine:
             "pixel_values": patches.pixel_values,
             "image_grid_thw": np.array([patches.grid_thw], dtype=np.int64),
         }
-        features: Floats = self._graphs.run("vision", ["image_features"], inputs)[0]
+        features: Floats = self._graphs["vision"].run(["image_features"], inputs)[0]
         return features
 
     def image_state(
@@ -128,7 +134,7 @@ class Engine:
         temperatures = np.array(self.contract.temperatures, dtype=np.float32)[asked]
         inputs["last_index"] = np.tile(last_index, n_images)
         inputs["temperature"] = np.tile(temperatures, n_images)
-        outputs = self._graphs.run("decoder", names, inputs)
+        outputs = self._graphs["decoder"].run(names, inputs)
         probs = outputs[0].reshape(n_images, n_dimensions, -1)
         mass = outputs[1].reshape(n_images, n_dimensions) if len(outputs) > 1 else None
         return Answers(probs, mass)
@@ -150,9 +156,8 @@ class Engine:
     ) -> DecoderState:
         """Run `embeddings` [rows, tokens, hidden] at `positions` [3, tokens] and return the new state."""
         states = self.bundle.manifest.states
-        outputs = self._graphs.run(
-            "decoder", [s.output for s in states], self._inputs(state, embeddings, positions)
-        )
+        inputs = self._inputs(state, embeddings, positions)
+        outputs = self._graphs["decoder"].run([s.output for s in states], inputs)
         arrays = {s.input: output for s, output in zip(states, outputs, strict=True)}
         return DecoderState(arrays, state.length + embeddings.shape[1], next_position)
 
@@ -180,22 +185,6 @@ class Engine:
         lengths = np.array([len(ids) for ids in questions], dtype=np.int64)
         padded = [np.pad(ids, (0, lengths.max() - len(ids)), mode="edge") for ids in questions]
         return np.stack([self._embedding.rows(ids) for ids in padded]), lengths - 1
-
-
-class _Graphs:
-    """The sessions by graph name: all open from the start, or, if frugal, only the one used last."""
-
-    def __init__(self, bundle: Bundle, *, provider: str, threads: int | None, frugal: bool) -> None:
-        self._paths = {name: bundle.path / file for name, file in bundle.manifest.graphs.items()}
-        self._open = partial(open_session, provider=provider, threads=threads, frugal=frugal)
-        names = [] if frugal else list(self._paths)
-        self._sessions: dict[str, Session] = {name: self._open(self._paths[name]) for name in names}
-
-    def run(self, name: str, outputs: list[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        if name not in self._sessions:
-            self._sessions.clear()
-            self._sessions[name] = self._open(self._paths[name])
-        return self._sessions[name].run(outputs, inputs)
 
 
 class _Embedding:

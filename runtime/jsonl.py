@@ -39,7 +39,7 @@ CHUNK_LINES = 16
 
 _LINE_START = b'{"line": '
 
-Progress = Callable[[int, int], None]
+FileProgress = Callable[[int, int], None]
 """Called with the bytes of input done and in all."""
 
 
@@ -59,7 +59,7 @@ class JsonlSummary:
 
 
 def score_jsonl(
-    scorer: Scorer, source: Path, output: Path, *, restart: bool = False, progress: Progress | None = None
+    scorer: Scorer, source: Path, output: Path, *, restart: bool = False, progress: FileProgress | None = None
 ) -> JsonlSummary:
     """Score every line of `source` into `output`, going on where an earlier run stopped.
 

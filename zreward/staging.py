@@ -40,7 +40,7 @@ class Staging:
         Raises:
             UsageError: something appeared under the final name meanwhile, and must not be replaced.
         """
-        check_final(self.final, replace=self._replace, kind=self.kind)
+        _check_final(self.final, replace=self._replace, kind=self.kind)
         _sync_directory(self.path)
         old = self.final.parent / f".{self.final.name}.replaced-{os.getpid()}"
         if self.final.exists():
@@ -76,7 +76,7 @@ def staged_directory(final: Path, *, replace: bool, kind: str = "bundle") -> Ite
             raise UsageError(f"{final}: this process is writing it already")
         try:
             _restore_and_clean(final)
-            check_final(final, replace=replace, kind=kind)
+            _check_final(final, replace=replace, kind=kind)
             staging.path.mkdir(parents=True)
         except OSError as error:
             raise UsageError(
@@ -90,12 +90,8 @@ def staged_directory(final: Path, *, replace: bool, kind: str = "bundle") -> Ite
         _staged_here.discard(staging.path)
 
 
-def check_final(final: Path, *, replace: bool, kind: str = "bundle") -> None:
-    """Refuse a name that `staged_directory` would refuse later: before long work.
-
-    Raises:
-        UsageError: `final` exists and `replace` is false, or is something else than a `kind`.
-    """
+def _check_final(final: Path, *, replace: bool, kind: str) -> None:
+    """Refuse a name that exists and `replace` is false, or that is something else than a `kind`."""
     if not os.path.lexists(final):
         return
     if not replace:

@@ -17,7 +17,6 @@ version 1 a zero point of 0 has no code.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,14 +29,12 @@ import zreward
 from zreward.checkpoint import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE, Checkpoint
 from zreward.errors import QuantizationError
 from zreward.jsonfile import write_json
+from zreward.progress import Progress
 from zreward.quant.formats.gptq_layout import n_words, pack_rows, pack_zeros
 from zreward.quant.scheme import rule_for
 from zreward.quant.source import QuantizedWeights
 from zreward.quant.tensor import QuantizedWeight, WeightFormat
 from zreward.safetensors_file import SafetensorsWriter, TensorSpec
-from zreward.staging import staged_directory
-
-Progress = Callable[[str, int, int], None]
 
 BLOCKS = "model.language_model.layers"
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
@@ -88,28 +85,25 @@ def is_gptq_layer(name: str) -> bool:
 def write_gptq_checkpoint(
     source: Checkpoint,
     weights: QuantizedWeights,
-    output: Path,
+    path: Path,
     progress: Progress | None = None,
     *,
-    replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `source` with `weights` in place of its matrices to the directory `output`, in one step.
+    """Write `source` with `weights` in place of its matrices into the directory `path`.
 
-    One matrix is in memory at a time. Floats keep their type; tokenizer, contract and generation settings are
-    copied.
+    The caller stages that directory (`zreward.staging`). One matrix is in memory at a time. Floats keep their
+    type; tokenizer, contract and generation settings are copied.
 
     Args:
         source: config, tokenizer and the float tensors; those of quantized matrices are not read.
         weights: the quantized matrices.
-        output: the directory to write.
+        path: existing directory, without weights.
         progress: hears of the bytes written.
-        replace: whether an earlier checkpoint there is replaced.
         shard_bytes: size of a weights file at most, where one tensor does not exceed it.
 
     Raises:
-        QuantizationError: see `check_writable`.
-        UsageError: `output` exists and `replace` is false, or lies where nothing can be written.
+        QuantizationError: see `check_writable`; or scales are not float16 values.
     """
     chosen = check_writable(weights)
     version = "gptq" if chosen.symmetric else "gptq_v2"
@@ -119,12 +113,10 @@ def write_gptq_checkpoint(
     ]
     shards = _shards(writers, shard_bytes)
     config = _quantization_config(source, weights, chosen, version)
-    with staged_directory(output, replace=replace, kind="checkpoint") as staging:
-        _copy_small_files(source.path, staging.path)
-        write_json(staging.path / CONFIG_FILE, {**source.config, "quantization_config": config})
-        write_json(staging.path / QUANTIZE_CONFIG_FILE, config)
-        _write_shards(shards, staging.path, progress or (lambda stage, done, total: None))
-        staging.commit()
+    _copy_small_files(source.path, path)
+    write_json(path / CONFIG_FILE, {**source.config, "quantization_config": config})
+    write_json(path / QUANTIZE_CONFIG_FILE, config)
+    _write_shards(shards, path, progress or (lambda stage, done, total: None))
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ class Session(Protocol):
     def run(self, outputs: list[str], inputs: dict[str, Array]) -> list[Array]: ...
 
 
-def open_session(path: Path, *, provider: str, threads: int | None, frugal: bool = False) -> Session:
+def open_session(path: Path, *, provider: str, threads: int | None, packed: bool = True) -> Session:
     """Load the graph at `path`.
 
     Args:
         path: an ONNX file of the bundle.
         provider: "cpu", or "auto" for the best one that is installed.
         threads: threads per run; None lets the backend choose (one per physical core).
-        frugal: keep no packed copies of the weights and no pool of freed memory; slower.
+        packed: False keeps no packed copies of the weights: little memory, slow, and for codes of 4 and 8 bits
+            other arithmetic. It is for finding out whether a large graph loads.
 
     Raises:
         UsageError: an unknown provider, or a thread count below one.
@@ -40,4 +41,4 @@ def open_session(path: Path, *, provider: str, threads: int | None, frugal: bool
         raise UsageError(f"threads must be a whole number of at least 1, not {threads!r}")
     from zreward.runtime.backends.ort import OrtSession
 
-    return OrtSession(path, threads=threads, frugal=frugal)
+    return OrtSession(path, threads=threads, packed=packed)

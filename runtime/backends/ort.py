@@ -18,7 +18,7 @@ _WHOLE_NUMBER_PRODUCT = b"MatMulIntegerToFloat"
 class OrtSession:
     """One graph in an onnxruntime.InferenceSession; weights are mapped from the external-data file."""
 
-    def __init__(self, path: Path, *, threads: int | None, frugal: bool = False) -> None:
+    def __init__(self, path: Path, *, threads: int | None, packed: bool = True) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -34,8 +34,7 @@ class OrtSession:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in path.read_bytes():
             options.add_session_config_entry("session.x64quantprecision", "1")
-        if frugal:
-            options.enable_cpu_mem_arena = False
+        if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session = onnxruntime.InferenceSession(

@@ -118,5 +118,5 @@ def full_pass(engine: Engine, picture: Image.Image, dimension: int) -> NDArray[n
         "temperature": np.array([contract.temperatures[dimension]], dtype=np.float32),
         **engine._empty_states(),
     }
-    probs: NDArray[np.float64] = engine._graphs.run("decoder", ["probs"], inputs)[0][0].astype(np.float64)
+    probs: NDArray[np.float64] = engine._graphs["decoder"].run(["probs"], inputs)[0][0].astype(np.float64)
     return probs

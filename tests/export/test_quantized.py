@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import Cli
+from tests.support.kills import is_left, run_and_kill
 from zreward.bundle import Bundle
 from zreward.checkpoint import Checkpoint
 from zreward.contract import DriftLimits, ScoreContract
@@ -191,11 +191,47 @@ def test_the_command_line_quantizes_and_says_what_it_did(
     inspected = cli("inspect", output)
     assert "int8-weight-g16 by rtn" in inspected.stdout
     assert "decay of the recurrent state" in inspected.stdout
+    assert "inputs rounded" not in inspected.stdout
     again = cli("quantize", tiny_checkpoint, "-o", tmp_path / "gptq", "--bits", "4", "--method", "rtn")
     assert again.returncode == 0, again.stderr
     assert cli("export", tmp_path / "gptq", "-o", tmp_path / "second", "--quant", "int4").returncode == 2
     assert cli("export", tmp_path / "gptq", "-o", tmp_path / "second").returncode == 0
     verify_bundle(tmp_path / "second")
+    came_quantized = cli("inspect", tmp_path / "second")
+    assert came_quantized.returncode == 0, came_quantized.stderr
+    assert "int4-g64" in came_quantized.stdout
+
+
+def test_inspect_shows_what_rounding_costs_the_inputs(
+    cli: Cli, tiny_checkpoint: Path, held_out: Path, tmp_path: Path
+) -> None:
+    """One line for the layers of an input, in whichever block; figures are the largest of these blocks."""
+    scheme = "none,*.layers.1.mlp.down_proj=int8-weight,*.mlp.*_proj=int8,*.self_attn.*=int8"
+    options = QuantizationOptions(
+        scheme, method="gptq", calibration=str(held_out), allow_drift=True, judged=False
+    )
+    bundle = export(tiny_checkpoint, tmp_path / "bundle", options)
+    layers = json.loads(cli("inspect", bundle.path, "--json").stdout)["quantization"]["layers"]
+    shown = cli("inspect", bundle.path).stdout
+    line = re.compile(r"^ (\S.*?) +([\d.]+) +([\d.]+)% +([\d.]+)% +([\d.]+)% +([\d.–]+) *$", re.MULTILINE)
+    rows = {name: figures for name, *figures in line.findall(shown)}
+    assert list(rows) == [
+        "layers.*.mlp.gate_proj, up_proj",
+        "layers.*.mlp.down_proj",
+        "layers.*.self_attn.q_proj, k_proj,",
+        "layers.*.self_attn.o_proj",
+    ]
+    assert all(len(match.group()) <= 80 for match in line.finditer(shown))
+    down = [
+        layer["inputs"] for name, layer in layers.items() if name.endswith("down_proj") and "inputs" in layer
+    ]
+    assert len(down) == 3
+    ratio, *errors, strength = rows["layers.*.mlp.down_proj"]
+    assert float(ratio) == pytest.approx(max(inputs["row_ratio"] for inputs in down), abs=0.051)
+    for error, key in zip(errors, ("tensor_error", "row_error", "smoothed_error"), strict=True):
+        assert float(error) == pytest.approx(100 * max(inputs[key] for inputs in down) ** 0.5, abs=0.051)
+    strengths = [inputs["smoothing"] for inputs in down]
+    assert {float(end) for end in strength.split("–")} == {min(strengths), max(strengths)}
 
 
 @pytest.mark.parametrize(
@@ -225,28 +261,23 @@ export_bundle(sys.argv[1], sys.argv[2], ExportOptions(parity=False, force=True, 
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_quantized_export_leaves_a_good_bundle_or_none(
     tiny_checkpoint: Path, held_out: Path, tmp_path: Path
 ) -> None:
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", EXPORT, str(tiny_checkpoint), str(output), str(held_out)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
     output = tmp_path / "folder" / "bundle"
-    begin = time.perf_counter()
-    assert start(output).wait() == 0
-    seconds = time.perf_counter() - begin
+    command = [sys.executable, "-c", EXPORT, tiny_checkpoint, output, held_out]
+    seconds = run_and_kill(command, output)
+    verify_bundle(output)
     shutil.rmtree(output)
     generator = random.Random(7)
-    for _ in range(10):
-        running = start(output)
-        try:
-            running.wait(timeout=generator.uniform(0, 1.1 * seconds))
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
+    leftovers = 0
+    for _ in range(20):
+        run_and_kill(command, output, generator.uniform(0, 1.05 * seconds))
+        leftovers += is_left(output)
         if output.exists():
             verify_bundle(output)
-    assert start(output).wait() == 0
+    assert leftovers >= 10, "it was killed too late to prove anything"
+    run_and_kill(command, output)
     verify_bundle(output)
-    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
+    assert not is_left(output)

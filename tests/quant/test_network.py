@@ -25,7 +25,7 @@ def run(network: BlockNetwork, items: list[Item], encoder: PromptEncoder) -> np.
             module = network.load(block)
             states = [network.step(block, module, state) for state in states]
         for state in states:
-            answers[state.batch.indices, state.batch.dimensions] = network.answers(state).numpy()
+            answers[state.batch.indices, state.batch.dimensions] = network.logits(state).softmax(-1).numpy()
     return answers
 
 

@@ -207,6 +207,8 @@ def test_one_loud_row_ruins_a_scale_per_tensor_but_not_a_scale_per_row() -> None
 
 
 def test_statistics_of_zeros_and_of_nothing() -> None:
+    mostly_zeros = torch.cat([torch.zeros(9, 8), torch.ones(2, 8)])
+    assert outlier_statistics(mostly_zeros).row_ratio == 1
     zeros = outlier_statistics(torch.zeros(3, 8))
     assert (zeros.row_ratio, zeros.channel_ratio, zeros.channel_kurtosis, zeros.row_error) == (1, 1, 1, 0)
     for bad in (torch.zeros(0, 8), torch.full((2, 8), float("nan"))):

@@ -158,6 +158,13 @@ def test_an_exception_that_names_no_quantizable_layer_is_refused(pattern: str) -
         resolve(Scheme.parse(f"int4,{pattern}=int8"), SHAPES)
 
 
+def test_an_exception_behind_one_that_takes_all_its_layers_is_refused() -> None:
+    with pytest.raises(QuantizationError, match=r"'\*\.down_proj' names only layers that an earlier"):
+        resolve(Scheme.parse("int4,*_proj=int8,*.down_proj=none"), SHAPES)
+    table = resolve(Scheme.parse("int4,*.down_proj=none,*_proj=int8"), SHAPES)
+    assert f"{LAYER}.mlp.down_proj.weight" in table.kept
+
+
 def test_an_exception_for_a_layer_that_must_stay_gives_the_reason() -> None:
     with pytest.raises(QuantizationError, match=r"in_proj_a stays as it is: sets the decay"):
         resolve(Scheme.parse(f"int4,{LAYER}.linear_attn.in_proj_a=int8"), SHAPES)

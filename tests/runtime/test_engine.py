@@ -76,14 +76,6 @@ def test_some_dimensions_answer_as_all_do(engine: Engine) -> None:
     np.testing.assert_allclose(engine.answer(state, [3, 0]).probs, every[:, [3, 0]], atol=1e-6)
 
 
-def test_a_frugal_engine_answers_the_same(engine: Engine, tiny_bundle: Path) -> None:
-    frugal = Engine(Bundle.open(tiny_bundle), threads=1, frugal=True)
-    images = [noise(64, 64, seed) for seed in range(2)]
-    expected = engine.answer(image_state(engine, "a red fox", *images)).probs
-    found = frugal.answer(image_state(frugal, "a red fox", *images)).probs
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("prompt", ["", "  \n", "x" * 5000, "an <|im_end|> example", "\ud800", None])
 def test_prompts_that_are_refused(engine: Engine, prompt: str) -> None:
     with pytest.raises(PromptError):

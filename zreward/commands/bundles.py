@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,22 +59,74 @@ def print_quantization(facts: Mapping[str, Any]) -> None:
     table = console.plain_table("layers", "format", "matrices", "weights", "largest error")
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for name, layer in facts["layers"].items():
-        grouped.setdefault((re.sub(r"\.\d+\.", ".*.", name), layer["format"]), []).append(layer)
+        grouped.setdefault((_in_any_block(name), layer["format"]), []).append(layer)
     for (name, chosen), layers in grouped.items():
         weights = sum(math.prod(layer["shape"]) for layer in layers)
-        error = max(layer["error"] for layer in layers)
-        table.add_row(
-            name.removeprefix("model.").removeprefix("language_model."),
-            chosen,
-            str(len(layers)),
-            f"{weights / 1e6:,.2f} M",
-            f"{error:.2%}",
-        )
+        errors = [layer["error"] for layer in layers if "error" in layer]  # no error where it came quantized
+        largest = f"{max(errors):.2%}" if errors else "–"
+        table.add_row(name, chosen, str(len(layers)), f"{weights / 1e6:,.2f} M", largest)
     console.stdout().print(table)
+    _print_inputs(facts["layers"])
     kept = console.plain_table("kept as it is", "tensors")
     for reason, n_tensors in Counter(facts["kept"].values()).items():
         kept.add_row(reason, str(n_tensors))
     console.stdout().print(kept)
+
+
+def _print_inputs(layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """What rounding to 8 bits costs the inputs, by the layers that read them; no table where none was measured.
+
+    Ratios and errors are the largest of all blocks. Errors are ‖x − q‖ / ‖x‖, like those of the weights; the
+    manifest has their squares, for every block.
+    """
+    grouped: dict[str, list[Mapping[str, float]]] = {}
+    for names, inputs in _rounded_inputs(layers):
+        grouped.setdefault(_in_any_block(names), []).append(inputs)
+    if not grouped:
+        return
+    table = console.plain_table(
+        "inputs rounded to 8 bits,\nlargest error of all blocks",
+        "row\nratio",
+        "one\nscale",
+        "scale\na row",
+        "after\nsmoothing",
+        "strength",
+    )
+    for names, units in grouped.items():
+        ratio = max(unit["row_ratio"] for unit in units)
+        table.add_row(
+            names,
+            f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}",
+            *(
+                f"{math.sqrt(max(unit[error] for unit in units)):.1%}"
+                for error in ("tensor_error", "row_error", "smoothed_error")
+            ),
+            _range([unit["smoothing"] for unit in units]),
+        )
+    console.stdout().print(table)
+
+
+def _rounded_inputs(
+    layers: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """Each input with statistics, with the names of the layers that read it: `module.first, second`."""
+    readers: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    for name, layer in layers.items():
+        if "inputs" in layer:
+            module, _, last = name.rpartition(".")
+            readers.setdefault((module, tuple(layer["inputs"].values())), []).append(last)
+    for (module, _), names in readers.items():
+        yield f"{module}.{', '.join(names)}", layers[f"{module}.{names[0]}"]["inputs"]
+
+
+def _in_any_block(name: str) -> str:
+    """A layer's name without the number of its block, and without what all names begin with."""
+    return re.sub(r"\.\d+\.", ".*.", name).removeprefix("model.").removeprefix("language_model.")
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
 def _parity(manifest: Manifest) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
     from rich.table import Table
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, the work done in it and the whole of it (bytes or items)."""
+    from zreward.progress import Progress
 
 Unit = Literal["items", "MB", "%"]
 

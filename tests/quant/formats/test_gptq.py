@@ -20,7 +20,7 @@ from safetensors.torch import save_file as save_torch_file
 from tests.support.models import Shape, write_checkpoint
 from tests.support.quantized import WeightsInMemory, random_weight
 from zreward.checkpoint import Checkpoint
-from zreward.errors import CheckpointError, QuantizationError, UsageError, ZrewardError
+from zreward.errors import CheckpointError, QuantizationError, ZrewardError
 from zreward.quant.formats import open_checkpoint
 from zreward.quant.formats.gptq_layout import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from zreward.quant.formats.gptq_writer import check_writable, is_gptq_layer, write_gptq_checkpoint
@@ -46,6 +46,13 @@ def quantized(dense: Path, form: WeightFormat, act_order: bool = False) -> Weigh
             order = rng.permutation(info.shape[1]) if act_order else None
             matrices[name] = random_weight(rng, (info.shape[0], info.shape[1]), form, order)
     return WeightsInMemory(matrices)
+
+
+def write(source: Path, weights: WeightsInMemory, path: Path, **options: Any) -> Path:
+    """`source` with `weights` as a checkpoint in the new directory `path`."""
+    path.mkdir()
+    write_gptq_checkpoint(Checkpoint.open(source), weights, path, **options)
+    return path
 
 
 def opened(path: Path) -> QuantizedCheckpoint:
@@ -134,8 +141,8 @@ def test_formats_come_from_the_tensors() -> None:
     ids=str,
 )
 def test_what_is_written_is_read(dense: Path, tmp_path: Path, form: WeightFormat, act_order: bool) -> None:
-    weights, output = quantized(dense, form, act_order), tmp_path / "out"
-    write_gptq_checkpoint(Checkpoint.open(dense), weights, output)
+    weights = quantized(dense, form, act_order)
+    output = write(dense, weights, tmp_path / "out")
     source, result = Checkpoint.open(dense), opened(output)
     config = json.loads((output / "config.json").read_text())["quantization_config"]
     assert set(result.weights.formats) == set(weights.formats)
@@ -157,17 +164,17 @@ def test_what_is_written_is_read(dense: Path, tmp_path: Path, form: WeightFormat
 
 def test_shards_are_written_and_read(dense: Path, tmp_path: Path) -> None:
     weights, heard = quantized(dense, WeightFormat(4, 32)), list[tuple[int, int]]()
-    write_gptq_checkpoint(
-        Checkpoint.open(dense),
+    output = write(
+        dense,
         weights,
         tmp_path / "out",
-        lambda stage, done, total: heard.append((done, total)),
+        progress=lambda stage, done, total: heard.append((done, total)),
         shard_bytes=50_000,
     )
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    files = sorted(output.glob("*.safetensors"))
     assert len(files) > 2 and all(f.name.endswith(f"-of-{len(files):05d}.safetensors") for f in files)
-    assert sum(len(load_file(file)) for file in files) == len(Checkpoint.open(tmp_path / "out").tensors)
-    result = opened(tmp_path / "out")
+    assert sum(len(load_file(file)) for file in files) == len(Checkpoint.open(output).tensors)
+    result = opened(output)
     for name, weight in weights.matrices.items():
         assert np.array_equal(result.read(name), weight.dequantized())
     assert heard[-1][0] == heard[-1][1] and heard == sorted(heard)
@@ -175,7 +182,7 @@ def test_shards_are_written_and_read(dense: Path, tmp_path: Path) -> None:
 
 def test_the_config_names_what_is_quantized(dense: Path, tmp_path: Path) -> None:
     weights = quantized(dense, WeightFormat(4, 32))
-    write_gptq_checkpoint(Checkpoint.open(dense), weights, tmp_path / "all")
+    write(dense, weights, tmp_path / "all")
     config = json.loads((tmp_path / "all" / "quantize_config.json").read_text())
     assert config["group_size"] == 32 and config["sym"] and not config["desc_act"] and not config["dynamic"]
     assert "linear_attn.in_proj_qkv" in config["modules_in_block_to_quantize"][0]
@@ -184,7 +191,7 @@ def test_the_config_names_what_is_quantized(dense: Path, tmp_path: Path) -> None
     )
 
     del weights.matrices[f"{LAYER}.weight"]  # type: ignore[attr-defined]  # a dictionary here
-    write_gptq_checkpoint(Checkpoint.open(dense), weights, tmp_path / "less")
+    write(dense, weights, tmp_path / "less")
     config = json.loads((tmp_path / "less" / "quantize_config.json").read_text())
     endings = config["modules_in_block_to_quantize"][0]
     assert not any(LAYER.endswith(ending) for ending in endings) and "1.mlp.up_proj" in endings
@@ -212,14 +219,7 @@ def test_the_writer_refuses_what_the_loaders_cannot_take(dense: Path, tmp_path: 
     fine = weights[4]
     odd = QuantizedWeight(fine.format, fine.codes, fine.scales + np.float32(1e-6), fine.zeros)
     with pytest.raises(QuantizationError, match="not float16"):
-        write_gptq_checkpoint(Checkpoint.open(dense), WeightsInMemory({name: odd}), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(UsageError, match="not a checkpoint"):
-        write_gptq_checkpoint(
-            Checkpoint.open(dense), WeightsInMemory({name: fine}), tmp_path / "out", replace=True
-        )
+        write(dense, WeightsInMemory({name: odd}), tmp_path / "out")
 
 
 def damaged(tmp_path: Path, change: Callable[[dict[str, Any]], None], **config: Any) -> Path:
