@@ -1,6 +1,6 @@
 """One table of drift: schemes of this project, and dense checkpoints that other tools quantized.
 
-    python benchmarks/quantization_table.py CHECKPOINT --scheme int4 --scheme "int4 --budget 4.6bpw" \
+    python benchmarks/quantization_table.py CHECKPOINT --scheme int4 --scheme "int4 --budget 5.0bpw" \
         --rivals build/rivals --output build/quantization.json
 
 Every row is scored by the same runtime on the same held-out scenes (seed 3000, 400 prompts with six images each)
