@@ -108,7 +108,9 @@ def plan_quantization(source: Checkpoint, options: QuantizationOptions) -> Quant
     if options.budget is not None and calibration is None:
         raise QuantizationError("a budget is spent by measurement; give --calibration FILE")
     if calibration and calibration != SCENES:
-        calibration_items(calibration)  # a file with a mistake is refused now
+        n_items = len(calibration_items(calibration))  # a file with a mistake is refused now
+        if options.budget is not None and n_items < 2:
+            raise QuantizationError(f"{calibration}: a budget needs at least two calibration items")
     evaluation = options.evaluation or (default if options.judged else None)
     if evaluation is None and not options.allow_drift:
         raise QuantizationError(

@@ -133,6 +133,14 @@ def test_drift_over_a_limit_writes_nothing(copy: Path, held_out: Path, tmp_path:
     export(copy, tmp_path / "out" / "bundle", dataclasses.replace(strict, allow_drift=True))
 
 
+def test_a_budget_without_data_to_measure_on_is_refused(tiny_checkpoint: Path, held_out: Path) -> None:
+    one = held_out.with_name("one.jsonl")
+    one.write_text(held_out.read_text().splitlines()[0] + "\n")
+    options = QuantizationOptions("int4", calibration=str(one), budget=5.0, allow_drift=True)
+    with pytest.raises(QuantizationError, match="at least two calibration items"):
+        plan_quantization(Checkpoint.open(tiny_checkpoint), options)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
