@@ -148,7 +148,7 @@ def token_weights(
 
         return {tuple(layers): watch(tuple(layers)) for layers in units(block)}
 
-    sweep_back(network, batches, prepare, folder, report, probes=PROBES)
+    sweep_back(network, batches, prepare, folder, report)
     for (block, layers), found in sums.items():
         valid = [_valid(batch, found[number]) for number, batch in enumerate(batches)]
         mean = sum(float(f.sum()) for f in found.values()) / sum(int(v.sum()) for v in valid)
