@@ -26,7 +26,8 @@ What each tool is given, and where it needed help:
 - gptqmodel: its own GPTQ class with its own defaults, layer by layer in the order of its model definition, each stage
   on inputs that come from the stages before it, quantized. Its model loader is not used, because it calibrates on
   text alone (it drops the pixels) and leaves the vision tower as it is.
-- auto-round: `AutoRound` on the model with the vision blocks (it leaves the merger), default iterations.
+- auto-round: `AutoRound` on the model with the vision blocks, default iterations. It leaves
+  the merger in floats, so its drift is that of the other matrices alone.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class Task:
     names: Sequence[str]
     samples: Sequence[Sample]
 
+    @property
+    def n_questions(self) -> int:
+        """Consecutive samples that show one image."""
+        return len(self.checkpoint.contract().dimensions)
+
     def model(self) -> Qwen3_5ForConditionalGeneration:
         model = Qwen3_5ForConditionalGeneration.from_pretrained(self.checkpoint.path, dtype=torch.float32)
         model.config.use_cache = False
@@ -104,7 +110,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--calibration", default=SCENES, help="JSONL of prompts and images; default: scenes")
-    parser.add_argument("--samples", type=int, default=256, help="calibration items to use at most")
+    parser.add_argument("--samples", type=int, default=256, help="calibration images to use at most")
     parser.add_argument("--decoder-only", action="store_true", help="leave the vision tower and the merger")
     parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS))
     arguments = parser.parse_args()
@@ -129,23 +135,23 @@ def main() -> None:
 
 
 def calibration_samples(checkpoint: Checkpoint, source: str, limit: int) -> list[Sample]:
-    """Inputs of the model's forward pass: item i is asked question i modulo their number, as in calibration."""
+    """Inputs of the model's forward pass: every image is asked all questions in turn, as in calibration."""
     contract = checkpoint.contract()
     encoder = PromptEncoder(contract, load_tokenizer(checkpoint.path))
     samples = []
-    for index, item in enumerate(calibration_items(source)[:limit]):
+    for item in calibration_items(source)[:limit]:
         patches = preprocess(item.image, contract.image)
-        dimension = index % len(contract.dimensions)
-        ids = torch.from_numpy(encoder.sequence_ids(item.prompt, patches.n_tokens, dimension))[None]
-        samples.append(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "mm_token_type_ids": (ids == encoder.image_token_id).int(),
-                "pixel_values": torch.from_numpy(patches.pixel_values),
-                "image_grid_thw": torch.tensor([patches.grid_thw]),
-            }
-        )
+        for dimension in range(len(contract.dimensions)):
+            ids = torch.from_numpy(encoder.sequence_ids(item.prompt, patches.n_tokens, dimension))[None]
+            samples.append(
+                {
+                    "input_ids": ids,
+                    "attention_mask": torch.ones_like(ids),
+                    "mm_token_type_ids": (ids == encoder.image_token_id).int(),
+                    "pixel_values": torch.from_numpy(patches.pixel_values),
+                    "image_grid_thw": torch.tensor([patches.grid_thw]),
+                }
+            )
     return samples
 
 
@@ -377,7 +383,8 @@ def gptqmodel_gptq(task: Task, group: int) -> Result:
             config = QuantizeConfig(bits=4, group_size=group, offload_to_disk=False)
             tasks[name] = GPTQ(modules[name.removesuffix(".weight")], config)
             tasks[name].quantizer.configure(perchannel=True)
-        feed(model, modules, tasks, task.samples)
+        in_vision = all(".visual." in name for name in stage)
+        feed(model, modules, tasks, task.samples[:: task.n_questions if in_vision else 1])
         for name, layer in tasks.items():
             weight, scale, _zero, g_idx, *_ = layer.quantize(blocksize=128)
             out, inputs = task.shape(name)

@@ -34,7 +34,14 @@ from zreward.quant.report import drift_report
 from zreward.synthetic import SceneConfig
 from zreward.synthetic.dataset import SCENES_FILE, write_dataset
 
-COLOURS = ("#1d5fd1", "#c2410c", "#15803d", "#7e22ce", "#b45309")
+TOOLS = {
+    "zreward": "#1d5fd1",
+    "auto-round": "#be123c",
+    "gptqmodel": "#15803d",
+    "onnxruntime": "#7e22ce",
+    "nncf": "#b45309",
+}
+"""Whose row it is, by the beginning of its name, and its colour in the plot."""
 
 
 def main() -> None:
@@ -204,21 +211,19 @@ def as_svg(rows: list[dict[str, Any]]) -> str:
                 f'<text x="{across(tick / 10):.1f}" y="{bottom + 20}" text-anchor="middle" fill="#555">'
                 f"{tick / 10:g}</text>"
             )
-    tools = list(dict.fromkeys(row["name"].replace("-", " ").split()[0] for row in rows))
-    for order, (tool, colour) in enumerate(zip(tools, COLOURS, strict=False)):
+    tool_of = {row["name"]: next(t for t in TOOLS if row["name"].startswith(t)) for row in rows}
+    for order, tool in enumerate(dict.fromkeys(tool_of.values())):
         y = top + 20 * order
-        parts.append(f'<circle cx="{width - right + 20}" cy="{y}" r="5" fill="{colour}"/>')
+        parts.append(f'<circle cx="{width - right + 20}" cy="{y}" r="5" fill="{TOOLS[tool]}"/>')
         parts.append(f'<text x="{width - right + 32}" y="{y + 4}" fill="#333">{tool}</text>')
     for row in rows:
-        tool, *settings = row["name"].replace("-", " ").split()
-        x, y, colour = across(row["bits_per_weight"]), up(row["mean_kl"]), COLOURS[tools.index(tool)]
+        tool = tool_of[row["name"]]
+        x, y, colour = across(row["bits_per_weight"]), up(row["mean_kl"]), TOOLS[tool]
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.85"/>')
         if tool == "zreward":
-            text = " ".join(settings).replace("budget ", "")
+            text = row["name"].removeprefix("zreward ").replace("--budget ", "").replace("--method ", "")
             label = y - 10 if text.endswith("rtn") else y + 18
-            parts.append(
-                f'<text x="{x:.1f}" y="{label:.1f}" text-anchor="middle" fill="{colour}">{text}</text>'
-            )
+            parts.append(f'<text x="{x - 4:.1f}" y="{label:.1f}" fill="{colour}">{text}</text>')
     return "".join(parts) + "</svg>\n"
 
 
