@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import Cli
 from tests.support.broken_inputs import EXPECTED_ERRORS, N_LINES, write_job
+from zreward.commands import console
 from zreward.synthetic import DIMENSIONS, SceneConfig, write_dataset
 
 COMMANDS = ("demo", "export", "contract", "inspect", "verify", "score", "bench", "eval", "data")
@@ -227,9 +228,27 @@ def test_interrupting_says_so_with_130(tiny_bundle: Path, tmp_path: Path) -> Non
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, talk = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, talk
     assert "goes on from here" in talk
     assert "Traceback" not in talk
+
+
+def test_an_interrupt_that_python_drops_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda problem: dropped.append(problem.exc_type))
+    before = signal.getsignal(signal.SIGINT)
+    with console.remembered_interrupt() as stop_if_interrupted:
+        stop_if_interrupted()
+        thing = Interrupted()
+        del thing
+        assert dropped == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            stop_if_interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

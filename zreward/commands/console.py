@@ -6,8 +6,10 @@ rich is imported inside the functions, because `zreward --help` and a shell comp
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,3 +141,30 @@ def working(message: str) -> Iterator[None]:
         return
     with console.status(message):
         yield
+
+
+@contextmanager
+def remembered_interrupt() -> Iterator[Callable[[], None]]:
+    """Ctrl-C inside raises KeyboardInterrupt at once, and again from the function that is yielded.
+
+    Python drops an exception that is raised inside a destructor or a callback from C, and the job would go on.
+    """
+    interrupted = False
+
+    def remember(_number: int, _frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    def stop_if_interrupted() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set a handler
+        yield stop_if_interrupted
+        return
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield stop_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)

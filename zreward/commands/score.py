@@ -55,14 +55,14 @@ def _score_file(bundle: Path, source: Path, output: Path, restart: bool, threads
     from zreward.runtime.jsonl import score_jsonl
 
     with Scorer.open(bundle, threads=threads) as scorer, console.progress("%") as progress:
+
+        def report(done: int, total: int) -> None:
+            stop_if_interrupted()
+            progress("scoring", done, total)
+
         try:
-            summary = score_jsonl(
-                scorer,
-                source,
-                output,
-                restart=restart,
-                progress=lambda done, total: progress("scoring", done, total),
-            )
+            with console.remembered_interrupt() as stop_if_interrupted:
+                summary = score_jsonl(scorer, source, output, restart=restart, progress=report)
         except KeyboardInterrupt:
             console.say("interrupted; the same command goes on from here")
             raise
