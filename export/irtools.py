@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
+from onnx_ir import convenience
 
 from zreward.errors import ExportError
 
@@ -26,6 +29,39 @@ def producer_of(value: ir.Value, op_type: str) -> ir.Node:
             f"{value.name!r} comes from {found}, not from {op_type}; the graph is not as expected"
         )
     return node
+
+
+def only_user(value: ir.Value, op_type: str) -> ir.Node:
+    """The one node that reads `value`, which must be an `op_type`."""
+    users = [use.node for use in value.uses()]
+    if len(users) != 1 or users[0].op_type != op_type:
+        raise ExportError(f"{value.name!r} is not read by one {op_type} alone; the graph is not as expected")
+    return users[0]
+
+
+def width_of(value: ir.Value) -> int:
+    """The size of the last axis, which must be known."""
+    size = value.shape[-1] if value.shape is not None else None
+    if not isinstance(size, int):
+        raise ExportError(f"the width of {value.name!r} is not known; the graph is not as expected")
+    return size
+
+
+def take_over(graph: ir.Graph, old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
+    """Let `new` stand for `old` everywhere, under the same names, also as outputs of the graph."""
+    for value, successor in zip(old, new, strict=True):
+        successor.name, successor.type, successor.shape = value.name, value.type, value.shape
+        if value.is_graph_output():
+            graph.outputs[list(graph.outputs).index(value)] = successor
+        value.name = f"{value.name}.replaced"
+    convenience.replace_all_uses_with(old, new)
+
+
+def remove_unread(graph: ir.Graph) -> None:
+    """Drop nodes whose results nothing reads, from the end of the graph on."""
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -60,6 +60,7 @@ class PiecewiseSession:
         self._path, self._threads = path, threads
         self._model = onnx.load(path, load_external_data=False)
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        self._values = {info.name: info for info in self._model.graph.value_info}
         self._pieces = cut(self._model.graph, piece_bytes)
         self._whole: Session | None = None
         if len(self._pieces) == 1:
@@ -82,12 +83,15 @@ class PiecewiseSession:
         return [values[name] for name in outputs]
 
     def _run_piece(self, piece: Piece, outputs: list[str], inputs: _Arrays) -> list[NDArray[Any]]:
+        made = {name for node in piece.nodes for name in node.output}.difference(outputs)
         graph = onnx.helper.make_graph(
             piece.nodes,
             "piece",
             [_described(name, array) for name, array in inputs.items()],
             [onnx.ValueInfoProto(name=name) for name in outputs],
             [self._initializers[name] for name in piece.weights],
+            # Shapes of what our own operators give are known from here alone, and fusions depend on them.
+            value_info=[info for name in made if (info := self._values.get(name))],
         )
         model = onnx.ModelProto(ir_version=self._model.ir_version, graph=graph)
         model.opset_import.extend(self._model.opset_import)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from zreward.runtime import kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
@@ -74,7 +76,9 @@ def run_installed(installed: Path, code: str, cwd: Path) -> str:
 def test_every_module_and_asset_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
     expected = {name for source in source_files() if (name := wheel_name(source))}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert found == expected
+    compiled = {name for name in found if name.startswith("zreward/runtime/kernels/_library.")}
+    assert found - compiled == expected
+    assert bool(compiled) == (kernels.library() is not None)
     packages = {f"{package.replace('.', '/')}/__init__.py" for package in SETUPTOOLS["packages"]}
     assert packages <= found
     assert "zreward/py.typed" in found

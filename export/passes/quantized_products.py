@@ -4,22 +4,8 @@ Each MatMul whose weight the checkpoint holds quantized is replaced, by the weig
 
     format              ONNX Runtime on CPUs                            portable
     4 or 8 bits         MatMulNBits                                     DequantizeLinear → MatMul
-    int8 activations    QuantizeLinear per row → MatMulIntegerToFloat   DequantizeLinear → MatMul
+    int8 activations    zreward::Int8Linear, see int8_linear.py         DequantizeLinear → MatMul
     NF4, FP4            MatMulBnb4                                      stays dequantized
-
-**Per-token activations.** DynamicQuantizeMatMul finds one scale for all rows, and one outlier row takes the
-precision of the others. Here each row x is divided by its largest magnitude m, which puts it on the 8-bit grid
-of [−1, 1] whatever the other rows hold, and its result is multiplied back:
-
-    s = m / 127,   codes = round(x / s) + 128,   y = s · (codes − 128) Wᵀ
-
-QuantizeLinear with one scale per row does the division and the rounding in one pass over the input, and all
-products that read an input share its codes. A row's result is the same alone and among others. A row of zeros
-gives zeros; one with an infinite value gives no finite one, and cannot be taken for an answer.
-
-Codes of activations are uint8 and those of weights int8; int8 by int8 is 12 times slower on AVX512-VNNI. On x86
-without VNNI, ONNX Runtime sums two products of uint8 by int8 in 16 bits, which saturate, unless the session's
-option `session.x64quantprecision` is "1".
 
 **16-bit scales.** Scales are stored as float16 and followed by a Cast, which ONNX Runtime folds when it loads
 the graph. It must: without its optimizations (ORT_DISABLE_ALL), MatMulNBits of accuracy level 4 packs its
@@ -45,6 +31,7 @@ from zreward.errors import ExportError
 from zreward.export import packed_weights as packed
 from zreward.export.irtools import add_initializer, input_of
 from zreward.export.packed_weights import Pack, PackedTensor, WeightReader
+from zreward.export.passes.int8_linear import fuse_int8_linears, int8_linear
 from zreward.export.weights import CheckpointTensor
 from zreward.quant.source import QuantizedWeights
 from zreward.quant.tensor import CodebookFormat, QuantizedWeight, WeightFormat
@@ -53,8 +40,6 @@ ACCURACY_LEVEL = 4
 """MatMulNBits rounds activations to 8 bits per block at 4, and computes in float32 at 0."""
 
 _MS = "com.microsoft"
-_CODE_MAX, _CODE_ZERO = 127.0, 128
-_SMALLEST_PEAK = 1e-30  # of a row; divided by 127 it is still a normal float32
 _CODE_TYPES = {
     (4, True): ir.DataType.INT4,
     (4, False): ir.DataType.UINT4,
@@ -76,7 +61,9 @@ def quantize_products_for_onnxruntime(
     Raises:
         ExportError: a quantized matrix has a layout that the operators cannot express.
     """
-    return _OnnxRuntimeProducts(model.graph, weights, accuracy_level).lower()
+    changes = _OnnxRuntimeProducts(model.graph, weights, accuracy_level).lower()
+    fuse_int8_linears(model)
+    return changes
 
 
 def quantize_products_portably(model: ir.Model, weights: QuantizedWeights) -> int:
@@ -134,12 +121,18 @@ class _Products:
 
     def _scales(self, builder: tape.Tape, source: str, pack: Pack, shape: tuple[int, ...]) -> ir.Value:
         """Scales as float32, whatever they are stored in."""
-        chosen = self.reader.weights.formats[source]
-        if isinstance(chosen, WeightFormat) and chosen.scale_bits == 32:
-            return self._part(source, "scales", pack, ir.DataType.FLOAT, shape)
-        stored = self._part(source, "scales", pack, ir.DataType.FLOAT16, shape)
+        stored = self._stored_scales(source, pack, shape)
+        if stored.dtype is ir.DataType.FLOAT:
+            return stored
         scales: ir.Value = builder.op("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
         return scales
+
+    def _stored_scales(self, source: str, pack: Pack, shape: tuple[int, ...]) -> ir.Value:
+        """Scales as they are stored, in float32 or float16."""
+        chosen = self.reader.weights.formats[source]
+        is_wide = isinstance(chosen, WeightFormat) and chosen.scale_bits == 32
+        dtype = ir.DataType.FLOAT if is_wide else ir.DataType.FLOAT16
+        return self._part(source, "scales", pack, dtype, shape)
 
     def _constant(self, name: str, values: Any) -> ir.Value:
         return add_initializer(self.graph, ir.tensor(values, name=f"zreward.{name}"))
@@ -167,7 +160,6 @@ class _OnnxRuntimeProducts(_Products):
     def __init__(self, graph: ir.Graph, weights: QuantizedWeights, accuracy_level: int) -> None:
         super().__init__(graph, weights)
         self.accuracy_level = accuracy_level
-        self._row_codes: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def _product(self, builder: tape.Tape, x: ir.Value, tensor: CheckpointTensor) -> ir.Value:
         source, (inputs, out) = tensor.layout.source, tensor.shape.numpy()
@@ -206,37 +198,10 @@ class _OnnxRuntimeProducts(_Products):
     def _integer_product(
         self, builder: tape.Tape, x: ir.Value, source: str, inputs: int, out: int
     ) -> ir.Value:
-        if x not in self._row_codes:
-            self._row_codes[x] = self._quantized_rows(builder, x, inputs)
-        codes, scale = self._row_codes[x]
-        operands = [
-            codes,
-            self._part(source, "codes", packed.signed_columns, ir.DataType.INT8, (inputs, out)),
-            self._constant("one", np.float32(1)),
-            self._scales(builder, source, packed.matrix_scales, (out,)),
-            self._constant("code_zero", np.uint8(_CODE_ZERO)),
-        ]
-        product = builder.op("MatMulIntegerToFloat", operands, domain=_MS)
-        result: ir.Value = builder.op("Mul", [product, scale])
-        return result
-
-    def _quantized_rows(self, builder: tape.Tape, x: ir.Value, inputs: int) -> tuple[ir.Value, ir.Value]:
-        """uint8 codes of x [..., K] around 128, and the scale of each row [..., 1]."""
-        axis = self._constant("last_axis", np.array([-1], dtype=np.int64))
-        bottom = builder.op("Neg", [builder.op("ReduceMin", [x, axis])])
-        smallest = self._constant("smallest_peak", np.float32(_SMALLEST_PEAK))
-        peak = builder.op("Max", [builder.op("ReduceMax", [x, axis]), bottom, smallest])
-        step = self._constant("code_step", np.float32(1 / _CODE_MAX))
-        scale = builder.op("Mul", [peak, step])
-        rows = builder.op("Reshape", [scale, axis])
-        zero = self._constant("code_zero", np.uint8(_CODE_ZERO))
-        zeros = builder.op("Expand", [zero, builder.op("Shape", [rows])])
-        if x.shape is not None and len(x.shape) == 2:
-            return builder.op("QuantizeLinear", [x, rows, zeros], attributes={"axis": 0}), scale
-        matrix = self._constant(f"matrix_of_{inputs}", np.array([-1, inputs], dtype=np.int64))
-        flat = builder.op("Reshape", [x, matrix])
-        codes = builder.op("QuantizeLinear", [flat, rows, zeros], attributes={"axis": 0})
-        return builder.op("Reshape", [codes, builder.op("Shape", [x])]), scale
+        codes = self._part(source, "codes", packed.signed_columns, ir.DataType.INT8, (inputs, out))
+        return int8_linear(
+            builder, self.graph, x, codes, self._stored_scales(source, packed.matrix_scales, (out,))
+        )
 
     def _codebook_product(
         self, builder: tape.Tape, x: ir.Value, source: str, chosen: CodebookFormat, inputs: int, out: int

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: fused norms and DeltaNet operators of com.microsoft, weights as they are read."""
+"""ONNX Runtime on the CPU: fused layers with kernels of our own, operators of com.microsoft in their bodies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from zreward.export.graph import Graphs
+from zreward.export.passes.attention import fuse_causal_attention, fuse_rotary_attention
+from zreward.export.passes.delta_net import fuse_delta_nets
 from zreward.export.passes.quantized_products import ACCURACY_LEVEL, quantize_products_for_onnxruntime
 from zreward.export.passes.weight_storage import store_weights
 from zreward.export.targets.shared import simplify
@@ -37,6 +39,9 @@ def lower_to_cpu(
         accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits per block, 0 keeps them.
     """
     simplify(graphs, code_ids=code_ids, bins=bins, n_positions=n_positions, label_mass=label_mass)
+    fuse_delta_nets(graphs.decoder)
+    fuse_causal_attention(graphs.decoder)
+    fuse_rotary_attention(graphs.vision)
     for model in (graphs.vision, graphs.decoder):
         if quantized is not None:
             quantize_products_for_onnxruntime(model, quantized, accuracy_level=accuracy_level)

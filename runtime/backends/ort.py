@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from zreward.errors import BackendError
+from zreward.runtime.kernels import DISABLE, library
 
 _ERRORS_ONLY = 3  # onnxruntime's severity scale: 2 warns about every initializer that it folds
 
@@ -34,8 +35,11 @@ class OrtSession:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in path.read_bytes():
             options.add_session_config_entry("session.x64quantprecision", "1")
-        if not packed:
+        kernels = library()
+        if not packed:  # the kernels pack their weights too
             options.add_session_config_entry("session.disable_prepacking", "1")
+        elif kernels is not None:
+            _register(options, kernels)
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]
@@ -52,6 +56,16 @@ class OrtSession:
         except Exception as error:  # as above; out of memory comes this way too
             raise BackendError(f"onnxruntime failed while running a graph ({error})") from None
         return results
+
+
+def _register(options: Any, kernels: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(kernels))
+    except Exception as error:  # as above
+        raise BackendError(
+            f"{kernels}: this library of kernels cannot be loaded ({error}); install zreward again, or set "
+            f"{DISABLE}=1 to score without it"
+        ) from None
 
 
 def _sums_exactly() -> bool:

@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 
 from zreward.checkpoint import Checkpoint
 from zreward.export.weights import CheckpointTensor, Layout
+from zreward.runtime.kernels import library
 from zreward.safetensors_file import TensorInfo
 
 Arrays = dict[str, NDArray[Any]]
@@ -69,17 +70,25 @@ def checked_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def run_onnxruntime(
-    model: ir.Model, inputs: Mapping[str, NDArray[Any]], *, optimized: bool = False, **config: str
+    model: ir.Model,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    optimized: bool = False,
+    kernels: bool = False,
+    **config: str,
 ) -> Arrays:
     """Outputs by name, from ONNX Runtime without its own simplifications unless `optimized`.
 
-    `config` are entries of the session's configuration, with "__" for the dot in their names.
+    `kernels` has zreward's own operators run by `zreward.runtime.kernels` instead of their bodies. `config` are
+    entries of the session's configuration, with "__" for the dot in their names.
     """
     level = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    if kernels:
+        options.register_custom_ops_library(str(library()))
     for name, value in config.items():
         options.add_session_config_entry(name.replace("__", "."), value)
     session = onnxruntime.InferenceSession(

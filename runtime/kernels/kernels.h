@@ -1,0 +1,14 @@
+// The operators of the library, a list for each file.
+#pragma once
+
+#include <vector>
+
+#include "ort_abi.h"
+
+namespace zreward {
+
+std::vector<const ort::CustomOp*> attention_operators();
+std::vector<const ort::CustomOp*> delta_net_operators();
+std::vector<const ort::CustomOp*> int8_linear_operators();
+
+}  // namespace zreward

@@ -1,0 +1,364 @@
+"""The compiled kernels against the bodies of the same functions, which ONNX Runtime's own operators compute."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from tests.support.graphs import checked_proto, normal, run_onnxruntime
+from zreward.errors import BackendError
+from zreward.export.irtools import add_initializer
+from zreward.export.passes import attention, delta_net
+from zreward.export.passes import int8_linear as linear
+from zreward.runtime import Scorer, kernels
+from zreward.runtime.backends import open_session
+
+Array = NDArray[Any]
+
+FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
+CPUINFO = Path("/proc/cpuinfo")
+has_avx512 = CPUINFO.exists() and set(CPUINFO.read_text().split()) >= FEATURES
+
+needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="the kernels were not compiled here")
+
+# inputs, outputs, rows: one of everything, ends of quads, panels of 14 rows and blocks of 32 outputs, real layers
+SIZES = [(1, 1, 1), (5, 3, 2), (16, 32, 14), (17, 33, 15), (100, 130, 29), (192, 576, 77), (1024, 200, 3)]
+LINEARS = (linear.INT8_LINEAR, linear.GELU_INT8_LINEAR, linear.SWIGLU_INT8_LINEAR)
+
+
+def linear_model(name: str, inputs: int, outputs: int, *, bias: bool = True, half: bool = False) -> ir.Model:
+    """One layer with random codes."""
+    rng = np.random.default_rng(inputs * outputs)
+    names = ("gate", "x") if name == linear.SWIGLU_INT8_LINEAR else ("x",)
+    sources = [float_value(n, [1, "rows", inputs]) for n in names]
+    graph = ir.Graph(
+        sources, [], nodes=[], opset_imports={"": 24, "zreward": 1, "com.microsoft": 1}, name="g"
+    )
+    scales = rng.random(outputs, dtype=np.float32) * 1e-2
+    weights = {
+        "codes": rng.integers(-127, 128, (inputs, outputs)).astype(np.int8),
+        "scales": scales.astype(np.float16) if half else scales,
+        "bias": normal(rng, outputs) if bias else np.zeros(1, dtype=np.float32),
+        "zero": np.uint8(128),
+    }
+    constants = [add_initializer(graph, ir.tensor(value, name=key)) for key, value in weights.items()]
+    return finished(graph, name, [*sources, *constants], {}, [float_value("y", [1, "rows", outputs])])
+
+
+def delta_net_model(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> ir.Model:
+    """One token mixer with random weights."""
+    rng = np.random.default_rng(key_heads + value_dim)
+    keys, values = key_heads * key_dim, value_heads * value_dim
+    channels = 2 * keys + values
+    sources = [
+        float_value("qkv", ["b", "s", channels]),
+        float_value("z", ["b", "s", values]),
+        float_value("b", ["b", "s", value_heads]),
+        float_value("a", ["b", "s", value_heads]),
+        float_value("conv_state", ["b", channels, 3]),
+        float_value("state", ["b", value_heads, key_dim, value_dim]),
+    ]
+    opsets = {"": 24, "zreward": 1, "com.microsoft": 1}
+    graph = ir.Graph(sources, [], nodes=[], opset_imports=opsets, name="g")
+    weights = {
+        "conv": normal(rng, channels, 1, 4),
+        "A_log": normal(rng, value_heads),
+        "dt_bias": normal(rng, value_heads),
+        "norm": normal(rng, value_dim),
+    }
+    constants = [add_initializer(graph, ir.tensor(value, name=key)) for key, value in weights.items()]
+    attributes = {
+        "key_heads": key_heads,
+        "value_heads": value_heads,
+        "scale": key_dim**-0.5,
+        "norm_epsilon": 1e-6,
+        "key_epsilon": 1e-6,
+    }
+    outputs = [
+        float_value("y", ["b", "s", values]),
+        float_value("new_conv_state", ["b", channels, 3]),
+        float_value("new_state", ["b", value_heads, key_dim, value_dim]),
+    ]
+    inputs = [*sources[:4], *constants, *sources[4:]]
+    model = finished(graph, delta_net.GATED_DELTA_NET, inputs, attributes, outputs)
+    heads = delta_net.Heads(key_heads, value_heads, key_dim, value_dim)
+    return with_function(model, delta_net.gated_delta_net(24, heads))
+
+
+def rotary_model(heads: int, dim: int) -> ir.Model:
+    """Attention of a vision block."""
+    half = [float_value(n, ["t", 1, dim // 2]) for n in ("cos", "sin")]
+    sources = [float_value("qkv", ["t", 3 * heads * dim]), *half]
+    graph = ir.Graph(sources, [], nodes=[], opset_imports={"": 24, "zreward": 1}, name="g")
+    attributes = {"heads": heads, "scale": dim**-0.5}
+    y = float_value("y", ["t", heads * dim])
+    model = finished(graph, attention.ROTARY_ATTENTION, sources, attributes, [y])
+    return with_function(model, attention.rotary_attention(24, heads, dim))
+
+
+def causal_model(query_heads: int, heads: int, dim: int) -> ir.Model:
+    """Attention of a decoder layer."""
+    sources = [
+        float_value("q", ["b", "s", query_heads * dim]),
+        float_value("k", ["b", "s", heads * dim]),
+        float_value("v", ["b", "s", heads * dim]),
+        float_value("mask", ["b", 1, "s", "all"]),
+        float_value("past_key", ["b", heads, "past", dim]),
+        float_value("past_value", ["b", heads, "past", dim]),
+    ]
+    graph = ir.Graph(sources, [], nodes=[], opset_imports={"": 24, "zreward": 1}, name="g")
+    attributes = {"query_heads": query_heads, "heads": heads, "scale": dim**-0.5}
+    outputs = [float_value("y", ["b", "s", query_heads * dim])]
+    outputs += [float_value(n, ["b", heads, "all", dim]) for n in ("present_key", "present_value")]
+    model = finished(graph, attention.CAUSAL_ATTENTION, sources, attributes, outputs)
+    return with_function(model, attention.causal_attention(24, query_heads, heads))
+
+
+def with_function(model: ir.Model, function: ir.Function) -> ir.Model:
+    model.functions[function.identifier()] = function
+    return model
+
+
+def float_value(name: str, shape: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def finished(
+    graph: ir.Graph, name: str, inputs: list[ir.Value], attributes: dict[str, Any], outputs: list[ir.Value]
+) -> ir.Model:
+    made = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items()]
+    graph.append(ir.Node("zreward", name, inputs, made, outputs=outputs))
+    graph.outputs.extend(outputs)
+    model = ir.Model(graph, ir_version=10)
+    linear.add_functions(model)
+    return model
+
+
+def delta_net_inputs(model: ir.Model, batch: int, tokens: int, seed: int = 0) -> dict[str, Array]:
+    return random_inputs(model, {"b": batch, "s": tokens}, seed)
+
+
+def random_inputs(model: ir.Model, sizes: dict[str, int], seed: int = 0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        str(v.name): normal(rng, *(d if isinstance(d, int) else sizes[str(d)] for d in v.shape or ()))
+        for v in model.graph.inputs
+    }
+
+
+def assert_close(found: dict[str, Array], expected: dict[str, Array], tolerance: float) -> None:
+    for name, values in expected.items():
+        limit = tolerance * max(1.0, float(np.abs(values).max(initial=0)))
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=limit, err_msg=name)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear_layers_equal_their_bodies(name: str, size: tuple[int, int, int]) -> None:
+    inputs, outputs, rows = size
+    model = linear_model(name, inputs, outputs, bias=inputs % 2 == 0, half=rows % 2 == 0)
+    rng = np.random.default_rng(1)
+    x = normal(rng, 1, rows, inputs) * np.exp(3 * normal(rng, 1, rows, 1))
+    if rows > 2:
+        x[0, 1] = 0
+        x[0, 2] *= 1e-20
+    feed = {str(v.name): normal(rng, 1, rows, inputs) for v in model.graph.inputs} | {"x": x}
+    expected = run_onnxruntime(model, feed, optimized=True)["y"]
+    found = run_onnxruntime(model, feed, optimized=True, kernels=True)["y"]
+    for row in range(rows):  # magnitudes of rows differ by decades
+        limit = 2e-6 * np.abs(expected[0, row]).max()
+        # an activation may fall on the other side of a rounding boundary; a code is a step of 1/127 of one weight
+        if name != linear.INT8_LINEAR:
+            limit += np.abs(expected[0, row]).max() / 127
+        np.testing.assert_allclose(found[0, row], expected[0, row], rtol=0, atol=limit)
+
+
+@needs_kernels
+def test_a_row_is_its_own_and_one_that_is_not_finite_has_no_answer() -> None:
+    model = linear_model(linear.INT8_LINEAR, 96, 40)
+    x = normal(np.random.default_rng(0), 1, 31, 96)
+    together = run_onnxruntime(model, {"x": x}, kernels=True)["y"]
+    alone = run_onnxruntime(model, {"x": x[:, 17:18]}, kernels=True)["y"]
+    np.testing.assert_array_equal(alone[0, 0], together[0, 17])
+    x[0, 3, 5], x[0, 4, 95] = np.nan, -np.inf
+    disturbed = run_onnxruntime(model, {"x": x}, kernels=True)["y"]
+    assert np.isnan(disturbed[0, 3:5]).all()
+    np.testing.assert_array_equal(np.delete(disturbed, [3, 4], axis=1), np.delete(together, [3, 4], axis=1))
+
+
+@needs_kernels
+def test_products_of_one_input_share_its_codes_where_bodies_run(tmp_path: Path) -> None:
+    """ONNX Runtime finds the common part of two bodies."""
+    model = linear_model(linear.INT8_LINEAR, 64, 32)
+    first = next(iter(model.graph))
+    y = float_value("other", [1, "rows", 32])
+    model.graph.append(ir.Node("zreward", linear.INT8_LINEAR, list(first.inputs), outputs=[y]))
+    other = add_initializer(model.graph, ir.tensor(np.ones((64, 32), dtype=np.int8), name="other.codes"))
+    next(reversed(model.graph)).replace_input_with(1, other)
+    model.graph.outputs.append(y)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(checked_proto(model).SerializeToString(), options)
+    counted = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    assert counted.count("QuantizeLinear") == counted.count("ReduceMax") == 1
+    assert counted.count("MatMulIntegerToFloat") == 2
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 40), (3, 2), (4, 17)])
+@pytest.mark.parametrize("heads", [(2, 4, 16, 16), (1, 1, 40, 24), (2, 2, 32, 80), (1, 2, 128, 128)], ids=str)
+def test_delta_net_equals_its_body(heads: tuple[int, int, int, int], batch: int, tokens: int) -> None:
+    model = delta_net_model(*heads)
+    feed = delta_net_inputs(model, batch, tokens)
+    expected = run_onnxruntime(model, feed, optimized=True)
+    assert_close(run_onnxruntime(model, feed, kernels=True), expected, 2e-5)
+
+
+@needs_kernels
+def test_delta_net_continues_from_its_states() -> None:
+    """A sequence in two parts, and decays from next to one to next to zero."""
+    model = delta_net_model(2, 4, 32, 48)
+    feed = delta_net_inputs(model, 2, 300)
+    feed["a"] *= 8
+    whole = run_onnxruntime(model, feed, kernels=True)
+    assert_close(whole, run_onnxruntime(model, feed, optimized=True), 5e-5)
+    streams = ("qkv", "z", "b", "a")
+    first = run_onnxruntime(model, feed | {k: feed[k][:, :123] for k in streams}, kernels=True)
+    rest = feed | {k: feed[k][:, 123:] for k in streams}
+    rest |= {"conv_state": first["new_conv_state"], "state": first["new_state"]}
+    second = run_onnxruntime(model, rest, kernels=True)
+    joined = {"y": np.concatenate([first["y"], second["y"]], axis=1), "new_state": second["new_state"]}
+    assert_close(joined, {k: whole[k] for k in joined}, 1e-5)
+    np.testing.assert_array_equal(second["new_conv_state"], whole["new_conv_state"])
+
+
+@needs_kernels
+def test_delta_net_of_no_tokens_keeps_its_states() -> None:
+    model = delta_net_model(1, 2, 16, 16)
+    feed = delta_net_inputs(model, 2, 0)
+    found = run_onnxruntime(model, feed, kernels=True)
+    assert found["y"].shape == (2, 0, 32)
+    np.testing.assert_array_equal(found["new_state"], feed["state"])
+    np.testing.assert_array_equal(found["new_conv_state"], feed["conv_state"])
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 4, 15, 33, 100])
+@pytest.mark.parametrize("heads", [(1, 2), (3, 20), (2, 64), (2, 72)], ids=str)
+def test_rotary_attention_equals_its_body(heads: tuple[int, int], tokens: int) -> None:
+    model = rotary_model(*heads)
+    feed = random_inputs(model, {"t": tokens})
+    expected = run_onnxruntime(model, feed, optimized=True)
+    assert_close(run_onnxruntime(model, feed, kernels=True), expected, 5e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("batch", "tokens", "past"), [(1, 1, 0), (2, 1, 5), (1, 31, 0), (4, 14, 33), (3, 29, 2)]
+)
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 3, 40), (8, 2, 256)], ids=str)
+def test_causal_attention_equals_its_body(
+    heads: tuple[int, int, int], batch: int, tokens: int, past: int
+) -> None:
+    model = causal_model(*heads)
+    feed = random_inputs(model, {"b": batch, "s": tokens, "past": past, "all": past + tokens})
+    if past:
+        feed["mask"][0, :, :, 1] = np.finfo(np.float32).min  # one key that nobody may see
+    expected = run_onnxruntime(model, feed, optimized=True)
+    found = run_onnxruntime(model, feed, kernels=True)
+    assert_close(found, expected, 5e-6)
+    for name in ("key", "value"):
+        np.testing.assert_array_equal(found[f"present_{name}"], expected[f"present_{name}"])
+
+
+@needs_kernels
+def test_a_nan_stays_a_nan() -> None:
+    model = causal_model(2, 1, 16)
+    feed = random_inputs(model, {"b": 1, "s": 20, "past": 3, "all": 23})
+    clean = run_onnxruntime(model, feed, kernels=True)["y"]
+    feed["k"][0, 9, 2] = np.nan
+    y = run_onnxruntime(model, feed, kernels=True)["y"]
+    np.testing.assert_array_equal(y[0, :9], clean[0, :9])
+    assert np.isnan(y[0, 9:]).all()
+    rotary = rotary_model(2, 16)
+    feed = random_inputs(rotary, {"t": 20})
+    feed["qkv"][7, 33] = np.nan  # a key of the first head
+    y = run_onnxruntime(rotary, feed, kernels=True)["y"]
+    assert np.isnan(y[:, :16]).all()
+    assert np.isfinite(y[:, 16:]).all()
+    mixer = delta_net_model(1, 1, 16, 16)
+    feed = delta_net_inputs(mixer, 1, 9)
+    feed["a"][0, 4] = np.nan
+    y = run_onnxruntime(mixer, feed, kernels=True)["y"]
+    assert np.isfinite(y[0, :4]).all()
+    assert np.isnan(y[0, 4:]).all()
+
+
+@needs_kernels
+def test_what_does_not_fit_is_an_error_and_not_a_crash() -> None:
+    model = linear_model(linear.INT8_LINEAR, 8, 4)
+    model.graph.initializers["scales"].const_value = ir.tensor(np.ones(3, dtype=np.float32), name="scales")
+    model.graph.initializers["scales"].shape = ir.Shape([3])
+    with pytest.raises(Exception, match="Int8Linear: there must be one scale for each output"):
+        run_onnxruntime(model, {"x": np.zeros((1, 1, 8), dtype=np.float32)}, kernels=True)
+    model = delta_net_model(1, 2, 16, 16)
+    feed = delta_net_inputs(model, 2, 3)
+    with pytest.raises(Exception, match="GatedDeltaNet: the shapes of projections and states do not fit"):
+        run_onnxruntime(model, feed | {"z": feed["z"][:1]}, kernels=True)
+
+
+@needs_kernels
+def test_threads_get_what_one_gets() -> None:
+    model = delta_net_model(2, 2, 32, 32)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(str(kernels.library()))
+    shared = onnxruntime.InferenceSession(checked_proto(model).SerializeToString(), options)
+    feeds = [delta_net_inputs(model, 2, 5 + seed, seed) for seed in range(24)]
+    alone = [shared.run(["y"], feed)[0] for feed in feeds]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda feed: shared.run(["y"], feed)[0], feeds))
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_scores_without_the_library_are_the_same(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    means = []
+    for disabled in ("", "1"):
+        monkeypatch.setenv(kernels.DISABLE, disabled)
+        with Scorer.open(tiny_bundle) as scorer:
+            (score,) = scorer.score(prompt="a red cube", images=[image])
+        means.append([d.mean for d in score.dimensions.values()])
+    assert kernels.library() is None
+    np.testing.assert_allclose(means[0], means[1], rtol=0, atol=1e-4)
+
+
+def test_a_library_that_cannot_be_loaded_is_named(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "_library.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr("zreward.runtime.backends.ort.library", lambda: broken)
+    with pytest.raises(BackendError, match=rf"{kernels.DISABLE}=1"):
+        open_session(tiny_bundle / "decoder.onnx", provider="cpu", threads=1)
+
+
+@pytest.mark.skipif(not has_avx512, reason="this processor lacks AVX-512 VNNI")
+def test_the_kernels_were_compiled_here() -> None:
+    """On the machines that they are for, a fresh clone has them."""
+    command = [sys.executable, "-c", "from zreward.runtime import kernels; print(kernels.library())"]
+    environment = {k: v for k, v in os.environ.items() if k != kernels.DISABLE}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.strip().endswith(".so")
