@@ -3,7 +3,8 @@
     python benchmarks/quantized_products.py --json build/quantized-products.json
 
 Every layer is a graph of all products that read one input (gate and up, queries, keys and values, …), lowered by
-the passes that exports use. Beside them: DynamicQuantizeMatMul as it is, which finds one scale for all rows and
+the passes that exports use; the 8-bit one runs with the kernels of `zreward.runtime.kernels` and without them. Beside
+them: DynamicQuantizeMatMul as it is, which finds one scale for all rows and
 whose speed is the bound to keep, the same on rows divided by their largest magnitude, and float32. A
 repetition runs each form once, in turn, so that a change of the machine's speed meets all of them; quoted are
 medians, and the median of the ratios within a repetition.
@@ -32,6 +33,7 @@ from zreward.export.passes.quantized_products import quantize_products_for_onnxr
 from zreward.export.weights import CheckpointTensor, Layout
 from zreward.quant.source import QuantizedCheckpoint
 from zreward.quant.tensor import QuantizedWeight, WeightFormat
+from zreward.runtime.kernels import library
 
 BOUND = 0.85
 """Of DynamicQuantizeMatMul's speed, which the per-token form must keep on every layer."""
@@ -52,7 +54,7 @@ LAYERS: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 """Inputs, and the outputs of each product that reads them."""
 
-PLAIN, PER_TOKEN = "DynamicQuantizeMatMul", "int8 per token"
+PLAIN, PER_TOKEN, BODIES = "DynamicQuantizeMatMul", "int8 per token", "int8, no kernels"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ def measured(
     inputs: int, outputs: tuple[int, ...], rows: int, threads: int, repetitions: int
 ) -> dict[str, list[float]]:
     """Seconds of each repetition, by form."""
-    runs = {name: run_of(build(inputs, outputs), rows, inputs, threads) for name, build in FORMS.items()}
+    runs = {
+        name: run_of(build(inputs, outputs), rows, inputs, threads, kernels=name == PER_TOKEN)
+        for name, build in FORMS.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -127,13 +132,16 @@ def measured(
     return samples
 
 
-def run_of(model: ir.Model, rows: int, inputs: int, threads: int) -> Callable[[], Any]:
+def run_of(model: ir.Model, rows: int, inputs: int, threads: int, *, kernels: bool) -> Callable[[], Any]:
     """One run of the graph on random rows of which one has an outlier, its results left in the runtime."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # A session's threads spin for a while after a run, and would take a core from the next session's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    compiled = library()
+    if kernels and compiled is not None:
+        options.register_custom_ops_library(str(compiled))
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -212,6 +220,7 @@ def dynamic(*, divided: bool) -> Callable[[int, tuple[int, ...]], ir.Model]:
 FORMS: dict[str, Callable[[int, tuple[int, ...]], ir.Model]] = {
     PLAIN: dynamic(divided=False),
     PER_TOKEN: lowered(WeightFormat(8, activations="int8"), 4),
+    BODIES: lowered(WeightFormat(8, activations="int8"), 4),
     "divided rows": dynamic(divided=True),
     "4 bits, level 4": lowered(WeightFormat(4, 128), 4),
     "4 bits, level 0": lowered(WeightFormat(4, 128), 0),

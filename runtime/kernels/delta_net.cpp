@@ -97,28 +97,39 @@ struct Reading {
 };
 Reading update_and_read(float* slice, size_t n, const float* k, __m512 d0, __m512 d1, const float* next_k,
                         const float* next_q) {
-  __m512 key[4], query[4];
-  for (size_t i = 0; i < 4; ++i) key[i] = query[i] = _mm512_setzero_ps();
-  auto step = [&](size_t i, __m512* key_sums, __m512* query_sums) __attribute__((always_inline)) {
-    const __m512 k_i = _mm512_set1_ps(k[i]), next_k_i = _mm512_set1_ps(next_k[i]), next_q_i = _mm512_set1_ps(next_q[i]);
-    float* row = slice + i * kSlice;
-    const __m512 s0 = _mm512_fmadd_ps(k_i, d0, _mm512_load_ps(row));
-    const __m512 s1 = _mm512_fmadd_ps(k_i, d1, _mm512_load_ps(row + 16));
-    _mm512_store_ps(row, s0);
-    _mm512_store_ps(row + 16, s1);
-    key_sums[0] = _mm512_fmadd_ps(next_k_i, s0, key_sums[0]);
-    key_sums[1] = _mm512_fmadd_ps(next_k_i, s1, key_sums[1]);
-    query_sums[0] = _mm512_fmadd_ps(next_q_i, s0, query_sums[0]);
-    query_sums[1] = _mm512_fmadd_ps(next_q_i, s1, query_sums[1]);
-  };
+  __m512 key0 = _mm512_setzero_ps(), key1 = key0, key2 = key0, key3 = key0;
+  __m512 query0 = key0, query1 = key0, query2 = key0, query3 = key0;
   size_t i = 0;
-  for (; i + 2 <= n; i += 2) {
-    step(i, key, query);
-    step(i + 1, key + 2, query + 2);
+  for (; i + 2 <= n; i += 2, slice += 2 * kSlice) {  // two rows of S', with sums of their own
+    const __m512 s0 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d0, _mm512_load_ps(slice));
+    const __m512 s1 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d1, _mm512_load_ps(slice + 16));
+    const __m512 s2 = _mm512_fmadd_ps(_mm512_set1_ps(k[i + 1]), d0, _mm512_load_ps(slice + 32));
+    const __m512 s3 = _mm512_fmadd_ps(_mm512_set1_ps(k[i + 1]), d1, _mm512_load_ps(slice + 48));
+    _mm512_store_ps(slice, s0);
+    _mm512_store_ps(slice + 16, s1);
+    _mm512_store_ps(slice + 32, s2);
+    _mm512_store_ps(slice + 48, s3);
+    key0 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s0, key0);
+    key1 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s1, key1);
+    key2 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i + 1]), s2, key2);
+    key3 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i + 1]), s3, key3);
+    query0 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s0, query0);
+    query1 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s1, query1);
+    query2 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i + 1]), s2, query2);
+    query3 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i + 1]), s3, query3);
   }
-  if (i < n) step(i, key, query);
-  return {{_mm512_add_ps(key[0], key[2]), _mm512_add_ps(key[1], key[3])},
-          {_mm512_add_ps(query[0], query[2]), _mm512_add_ps(query[1], query[3])}};
+  if (i < n) {
+    const __m512 s0 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d0, _mm512_load_ps(slice));
+    const __m512 s1 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d1, _mm512_load_ps(slice + 16));
+    _mm512_store_ps(slice, s0);
+    _mm512_store_ps(slice + 16, s1);
+    key0 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s0, key0);
+    key1 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s1, key1);
+    query0 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s0, query0);
+    query1 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s1, query1);
+  }
+  return {{_mm512_add_ps(key0, key2), _mm512_add_ps(key1, key3)},
+          {_mm512_add_ps(query0, query2), _mm512_add_ps(query1, query3)}};
 }
 
 // All tokens of columns [first, first + width) of one head. q, k: [tokens, key_dim]; v, o: [tokens] rows at a stride.
