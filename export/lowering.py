@@ -14,6 +14,7 @@ from zreward.checkpoint import Checkpoint
 from zreward.errors import ExportError
 from zreward.export.graph import EMBEDDING, graphs_from_checkpoint
 from zreward.export.job import Lowered, LoweringJob, QuantizationJob
+from zreward.export.passes.state_rows import STATE_BATCH
 from zreward.export.passes.weight_storage import STORED_TYPES
 from zreward.export.storage import graph_weight_bytes, write_embedding, write_graph
 from zreward.export.targets import LOWERINGS
@@ -89,4 +90,4 @@ def _states(decoder: ir.Model) -> tuple[StateInfo, ...]:
 
 
 def _dimension_name(symbol: str) -> str:
-    return "past" if symbol.startswith("past") else "batch"
+    return "past" if symbol.startswith("past") else "state_batch" if symbol == STATE_BATCH else "batch"

@@ -80,6 +80,7 @@ class Engine:
         opened = open_graph or partial(open_session, provider=provider, threads=threads)
         self._graphs = {name: opened(bundle.path / file) for name, file in bundle.manifest.graphs.items()}
         self._embedding = _Embedding(bundle)
+        self._shares_states = all(s.shape[0] == "state_batch" for s in bundle.manifest.states)
         self._questions, self._last_index = self._padded_questions()
 
     def prompt_state(self, prompt: str) -> DecoderState:
@@ -115,7 +116,8 @@ class Engine:
         embeddings = np.stack([np.concatenate([f, closing]) for f in features])
         image, after = image_positions(prompt.position, *grid)
         positions = np.concatenate([image, text_positions(after, 1)], axis=1)
-        return self._advance(prompt.repeated(len(features)), embeddings, positions, after + 1)
+        state = prompt if self._shares_states else prompt.repeated(len(features))
+        return self._advance(state, embeddings, positions, after + 1)
 
     def answer(self, images: DecoderState, dimensions: Sequence[int] | None = None) -> Answers:
         """Ask every dimension, or those at the given indices, of every row of `images`.
@@ -126,7 +128,7 @@ class Engine:
         n_dimensions, n_images = len(asked), _rows(images)
         last_index = self._last_index[asked]
         questions = self._questions[asked, : last_index.max() + 1]
-        state = images.repeated(n_dimensions)
+        state = images if self._shares_states else images.repeated(n_dimensions)
         embeddings = np.tile(questions, (n_images, 1, 1))
         positions = text_positions(state.position, embeddings.shape[1])
         names = ["probs", "label_mass"] if self.bundle.manifest.label_mass else ["probs"]
@@ -144,7 +146,7 @@ class Engine:
 
         Twice each, because the decoder returns the states that it is given.
         """
-        sizes = {"batch": 1, "past": prompt.length + n_tokens + 1}
+        sizes = {"batch": 1, "state_batch": 1, "past": prompt.length + n_tokens + 1}
         row = sum(
             math.prod(sizes[d] if isinstance(d, str) else d for d in s.shape) * np.dtype(s.dtype).itemsize
             for s in self.bundle.manifest.states
@@ -173,7 +175,7 @@ class Engine:
         }
 
     def _empty_states(self) -> dict[str, NDArray[Any]]:
-        sizes = {"batch": 1, "past": 0}
+        sizes = {"batch": 1, "state_batch": 1, "past": 0}
         return {
             s.input: np.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], dtype=s.dtype)
             for s in self.bundle.manifest.states

@@ -36,7 +36,7 @@ GOLDEN_FILE = "golden.json"
 
 EMBEDDING_DTYPES = ("float32", "float16", "bfloat16")
 STATE_DTYPES = ("float32", "float16")
-STATE_AXES = ("batch", "past")
+STATE_AXES = ("batch", "state_batch", "past")
 
 _HASH_ON_OPEN_BYTES = 32 * 1024 * 1024  # includes the tokenizer of a vocabulary of 250,000
 _HASH_BLOCK_BYTES = 1024 * 1024
@@ -80,7 +80,9 @@ class EmbeddingInfo:
 class StateInfo:
     """One recurrent input of the decoder and the output that continues it.
 
-    `shape` has integers and the names "batch" and "past" (positions so far, zero at the start).
+    `shape` has integers and the names "batch", "state_batch" and "past" (positions so far, zero at the start). A batch
+    of states named "state_batch" may be smaller than the batch of tokens: each state then serves as many consecutive
+    rows as it takes.
     """
 
     input: str
@@ -94,8 +96,9 @@ class StateInfo:
                 f"state {self.input!r}: dtype {self.dtype!r} is none of {', '.join(STATE_DTYPES)}"
             )
         if any(d not in STATE_AXES if isinstance(d, str) else d < 1 for d in self.shape):
+            names = ", ".join(map(repr, STATE_AXES))
             raise BundleError(
-                f"state {self.input!r}: shape {self.shape} must hold positive integers, 'batch' and 'past'"
+                f"state {self.input!r}: shape {self.shape} must hold positive integers and {names}"
             )
 
 

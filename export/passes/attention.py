@@ -2,8 +2,10 @@
 
     RotaryAttention(qkv [T, 3·H·D], cos [T, 1, D/2], sin [T, 1, D/2]; heads H, scale) -> y [T, H·D]
     CausalAttention(q [B, S, Hq·D], k [B, S, H·D], v [B, S, H·D], mask [B, 1, S, P + S],
-                    past_key [B, H, P, D], past_value [B, H, P, D]; query_heads Hq, heads H, scale)
-        -> y [B, S, Hq·D], present_key, present_value
+                    past_key [n, H, P, D], past_value [n, H, P, D]; query_heads Hq, heads H, scale)
+        -> y [B, S, Hq·D], present_key [B, H, P + S, D], present_value [B, H, P + S, D]
+
+with n states for B rows, see state_rows.py.
 
 The first is the attention of a tower that sees one image: every patch attends to every patch, after queries and keys
 are rotated. The second is ONNX's Attention as mobius uses it, where a token sees the past and what stands before it.
@@ -27,6 +29,7 @@ from zreward.export.irtools import (
     take_over,
     width_of,
 )
+from zreward.export.passes.state_rows import repeated_to, share_states
 
 DOMAIN = "zreward"
 ROTARY_ATTENTION = "RotaryAttention"
@@ -76,18 +79,17 @@ def fuse_causal_attention(model: ir.Model) -> int:
                 raise ExportError(f"causal attention: {name} is {node.attributes[name].value}")
         if len(node.outputs) != 3:
             raise ExportError("causal attention: it does not return its keys and values")
-        attributes = {
-            "query_heads": node.attributes["q_num_heads"].as_int(),
-            "heads": node.attributes["kv_num_heads"].as_int(),
-            "scale": node.attributes["scale"].as_float(),
-        }
+        query_heads, heads = (node.attributes[n].as_int() for n in ("q_num_heads", "kv_num_heads"))
+        scale = node.attributes["scale"].as_float()
+        attributes = {"query_heads": query_heads, "heads": heads, "scale": scale}
+        share_states(*inputs[4:])
         builder = tape.Tape()
         outputs = builder.op_multi_out(
             CAUSAL_ATTENTION, inputs, attributes=attributes, domain=DOMAIN, num_outputs=3
         )
         take_over(graph, node.outputs, outputs)
         graph.insert_after(node, builder.nodes)
-        shapes.add((attributes["query_heads"], attributes["heads"]))
+        shapes.add((query_heads, heads))
     return _finish(model, len(nodes), shapes, causal_attention)
 
 
@@ -167,7 +169,8 @@ def causal_attention(opset: int, query_heads: int, heads: int) -> ir.Function:
         "scale": ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
         "is_causal": ir.AttrInt64("is_causal", 1),
     }
-    outputs = builder.op_multi_out("Attention", inputs, attributes=attributes, num_outputs=3)
+    past = [repeated_to(builder, state, inputs[0], 4) for state in inputs[4:]]
+    outputs = builder.op_multi_out("Attention", [*inputs[:4], *past], attributes=attributes, num_outputs=3)
     graph = ir.Graph(inputs, outputs, nodes=builder.nodes, opset_imports={"": opset}, name=CAUSAL_ATTENTION)
     made = [
         ir.AttrInt64("query_heads", query_heads),

@@ -1,9 +1,11 @@
 """The token mixer of a Gated DeltaNet layer as one local function of the domain zreward.
 
     GatedDeltaNet(qkv [B, S, 2·Kh·Dk + Vh·Dv], z [B, S, Vh·Dv], b [B, S, Vh], a [B, S, Vh], conv_weight [C, 1, 4],
-                  A_log [Vh], dt_bias [Vh], norm_weight [Dv], conv_state [B, C, 3], state [B, Vh, Dk, Dv];
+                  A_log [Vh], dt_bias [Vh], norm_weight [Dv], conv_state [n, C, 3], state [n, Vh, Dk, Dv];
                   key_heads Kh, value_heads Vh, scale, norm_epsilon, key_epsilon)
-        -> y [B, S, Vh·Dv], conv_state, state
+        -> y [B, S, Vh·Dv], conv_state [B, C, 3], state [B, Vh, Dk, Dv]
+
+with n states for B rows, see state_rows.py.
 
 It holds everything between a layer's input projections and its output projection: causal convolution, normalized keys
 and queries, decays, the gated delta rule, and the gated norm. Its body is what mobius builds for a layer, with ONNX
@@ -29,6 +31,7 @@ from zreward.export.irtools import (
     width_of,
 )
 from zreward.export.passes.delta_norm import EPSILON
+from zreward.export.passes.state_rows import repeated_to, share_states
 
 DOMAIN = "zreward"
 GATED_DELTA_NET = "GatedDeltaNet"
@@ -84,6 +87,7 @@ def fuse_delta_nets(model: ir.Model) -> int:
             domain=DOMAIN,
             num_outputs=3,
         )
+        share_states(*layer.inputs[-2:])
         take_over(graph, [layer.y, layer.conv_state, layer.state], outputs)
         graph.insert_after(layer.last, builder.nodes)
         heads.add(layer.heads)
@@ -164,6 +168,7 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
         )
         return made
 
+    conv_states, states = repeated_to(builder, conv_state, qkv, 3), repeated_to(builder, state, qkv, 4)
     key_width, value_width = heads.keys * heads.key_dim, heads.values * heads.value_dim
     swapped = {"perm": [0, 2, 1]}
     zeros = builder.op(
@@ -172,7 +177,7 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
     )
     mixed, new_conv_state = builder.op_multi_out(
         "CausalConvWithState",
-        [builder.op("Transpose", [qkv], attributes=swapped), conv_weight, zeros, conv_state],
+        [builder.op("Transpose", [qkv], attributes=swapped), conv_weight, zeros, conv_states],
         attributes={"activation": "silu"},
         domain=_MS,
         num_outputs=2,
@@ -190,7 +195,7 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
     }
     output, new_state = builder.op_multi_out(
         "LinearAttention",
-        [normalized(q), normalized(k), v, state, decay, builder.op("Sigmoid", [b])],
+        [normalized(q), normalized(k), v, states, decay, builder.op("Sigmoid", [b])],
         attributes=attributes,
         domain=_MS,
         num_outputs=2,

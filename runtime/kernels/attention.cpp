@@ -243,8 +243,9 @@ class RotaryAttention {
 };
 
 // Inputs: q float [batch, tokens, query_heads · dim], k and v [batch, tokens, heads · dim], mask to be added
-// [batch or 1, 1, tokens, past + tokens], past keys and values [batch, heads, past, dim]. Outputs: y as q, and the keys
-// and values with the new ones behind. A token sees the past and what stands before it.
+// [batch or 1, 1, tokens, past + tokens], past keys and values [states, heads, past, dim], where a state serves
+// batch / states consecutive rows. Outputs: y as q, and each row's keys and values with the new ones behind. A token
+// sees the past and what stands before it.
 class CausalAttention {
  public:
   static constexpr const char* kName = "CausalAttention";
@@ -268,11 +269,16 @@ class CausalAttention {
     const size_t tokens = past + new_tokens, q_width = query_heads * dim, width = heads * dim;
     auto has = [](const Tensor& tensor, size_t count) { return static_cast<size_t>(tensor.shape.count()) == count; };
     const bool one_mask = mask.shape[0] == 1;
+    const size_t states = past_keys.shape[0];
+    if (states == 0 ? batch != 0 : batch % states != 0)
+      throw std::runtime_error("the batch must be a multiple of the number of states");
+    const size_t rows_of_state = states ? batch / states : 1;
     if (!has(q, batch * new_tokens * q_width) || !has(k, batch * new_tokens * width) || !has(v, k.shape.count()) ||
-        !has(past_keys, batch * heads * past * dim) || !has(past_values, batch * heads * past * dim) ||
+        !has(past_keys, states * heads * past * dim) || !has(past_values, states * heads * past * dim) ||
         !has(mask, (one_mask ? 1 : batch) * new_tokens * tokens))
       throw std::runtime_error("the shapes of q, k, v, mask and past do not fit each other");
     Shape present = past_keys.shape;
+    present.sizes[0] = static_cast<int64_t>(batch);
     present.sizes[2] = static_cast<int64_t>(tokens);
     float* y = context.output(0, q.shape);
     float* new_keys = context.output(1, present);
@@ -288,8 +294,9 @@ class CausalAttention {
     context.parallel(batch * heads, [&](size_t h) {
       const size_t row = h / heads, column = h % heads * dim;
       float *all_keys = new_keys + h * tokens * dim, *all_values = new_values + h * tokens * dim;
-      std::memcpy(all_keys, past_keys.as<float>() + h * past * dim, past * dim * sizeof(float));
-      std::memcpy(all_values, past_values.as<float>() + h * past * dim, past * dim * sizeof(float));
+      const size_t before = (row / rows_of_state * heads + h % heads) * past * dim;
+      std::memcpy(all_keys, past_keys.as<float>() + before, past * dim * sizeof(float));
+      std::memcpy(all_values, past_values.as<float>() + before, past * dim * sizeof(float));
       for (size_t t = 0; t < new_tokens; ++t) {
         const size_t at = (row * new_tokens + t) * width + column;
         std::memcpy(all_keys + (past + t) * dim, k.as<float>() + at, dim * sizeof(float));

@@ -29,7 +29,8 @@ constexpr size_t kMaxHead = 256;
 constexpr float kSmallFactor = 1e-4f;
 
 struct Sizes {
-  size_t batch, tokens, key_heads, value_heads, key_dim, value_dim;
+  size_t batch, tokens, states, key_heads, value_heads, key_dim, value_dim;
+  size_t state_of(size_t row) const { return row / (batch / states); }
   size_t keys() const { return key_heads * key_dim; }
   size_t values() const { return value_heads * value_dim; }
   size_t channels() const { return 2 * keys() + values(); }
@@ -239,8 +240,11 @@ class GatedDeltaNet {
     const Sizes sizes = checked_sizes(x, z, b, a, conv_state, state);
     const auto batch = static_cast<int64_t>(sizes.batch), tokens = static_cast<int64_t>(sizes.tokens);
     float* y = context.output(0, {batch, tokens, static_cast<int64_t>(sizes.values())});
-    float* new_conv_state = context.output(1, conv_state.shape);
-    float* new_state = context.output(2, state.shape);
+    Shape conv_shape = conv_state.shape, state_shape = state.shape;
+    conv_shape.sizes[0] = state_shape.sizes[0] = batch;
+    float* new_conv_state = context.output(1, conv_shape);
+    float* new_state = context.output(2, state_shape);
+    if (batch == 0) return;
     static thread_local Buffers buffers;
     float* mixed = buffers.mixed.resized(sizes.batch * sizes.tokens * sizes.channels());
     float* decay = buffers.decay.resized(sizes.batch * sizes.tokens * sizes.value_heads);
@@ -255,10 +259,11 @@ class GatedDeltaNet {
       const size_t row = task / sizes.heads(), head = task % sizes.heads();
       const size_t channel = sizes.channel_of(head);
       const bool is_query = head < sizes.key_heads, is_value = head >= 2 * sizes.key_heads;
-      const size_t conv_offset = (row * sizes.channels() + channel) * kPast;
+      const size_t old_offset = (sizes.state_of(row) * sizes.channels() + channel) * kPast;
+      const size_t new_offset = (row * sizes.channels() + channel) * kPast;
       convolve_head(x.as<float>() + row * sizes.tokens * sizes.channels() + channel, sizes.channels(), sizes.tokens,
                     is_value ? sizes.value_dim : sizes.key_dim, conv_.data() + channel, sizes.channels(),
-                    conv_state.as<float>() + conv_offset, new_conv_state + conv_offset, !is_value, key_epsilon_,
+                    conv_state.as<float>() + old_offset, new_conv_state + new_offset, !is_value, key_epsilon_,
                     is_query ? scale_ : 1.0f, mixed + head_offset(row, head));
     });
 
@@ -267,10 +272,12 @@ class GatedDeltaNet {
       const size_t row = task / (sizes.value_heads * slices), head = task / slices % sizes.value_heads;
       const size_t first = task % slices * kSlice;
       const size_t gate = row * sizes.tokens * sizes.value_heads + head;
-      const size_t at = ((row * sizes.value_heads + head) * sizes.key_dim) * sizes.value_dim + first;
+      const size_t matrix = sizes.key_dim * sizes.value_dim;
+      const size_t old_at = (sizes.state_of(row) * sizes.value_heads + head) * matrix + first;
+      const size_t new_at = (row * sizes.value_heads + head) * matrix + first;
       recur(sizes, mixed + head_offset(row, head / group), mixed + head_offset(row, sizes.key_heads + head / group),
             mixed + head_offset(row, 2 * sizes.key_heads + head) + first, decay + gate, beta + gate, sizes.value_heads,
-            state.as<float>() + at, new_state + at,
+            state.as<float>() + old_at, new_state + new_at,
             y + row * sizes.tokens * sizes.values() + head * sizes.value_dim + first, sizes.values(),
             std::min(kSlice, sizes.value_dim - first));
     });
@@ -288,15 +295,18 @@ class GatedDeltaNet {
  private:
   Sizes checked_sizes(const Tensor& x, const Tensor& z, const Tensor& b, const Tensor& a, const Tensor& conv_state,
                       const Tensor& state) const {
-    if (x.shape.rank != 3) throw std::runtime_error("the projections must have three axes");
+    if (x.shape.rank != 3 || conv_state.shape.rank != 3 || state.shape.rank != 4)
+      throw std::runtime_error("the projections must have three axes, the states three and four");
     const auto key_heads = static_cast<size_t>(key_heads_), value_heads = static_cast<size_t>(value_heads_);
-    const Sizes sizes{static_cast<size_t>(x.shape[0]), static_cast<size_t>(x.shape[1]), key_heads, value_heads,
-                      key_dim_, norm_weight_.size()};
+    const Sizes sizes{static_cast<size_t>(x.shape[0]), static_cast<size_t>(x.shape[1]),
+                      static_cast<size_t>(state.shape[0]), key_heads, value_heads, key_dim_, norm_weight_.size()};
+    if (sizes.states == 0 ? sizes.batch != 0 : sizes.batch % sizes.states != 0)
+      throw std::runtime_error("the batch must be a multiple of the number of states");
     const size_t rows = sizes.batch * sizes.tokens;
     auto has = [](const Tensor& tensor, size_t count) { return static_cast<size_t>(tensor.shape.count()) == count; };
     if (!has(x, rows * channels_) || !has(z, rows * sizes.values()) || !has(b, rows * value_heads) ||
-        !has(a, rows * value_heads) || !has(conv_state, sizes.batch * channels_ * kPast) ||
-        !has(state, sizes.batch * value_heads * key_dim_ * sizes.value_dim))
+        !has(a, rows * value_heads) || !has(conv_state, sizes.states * channels_ * kPast) ||
+        !has(state, sizes.states * value_heads * key_dim_ * sizes.value_dim))
       throw std::runtime_error("the shapes of projections and states do not fit each other");
     return sizes;
   }

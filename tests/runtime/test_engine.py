@@ -40,7 +40,7 @@ def test_states_count_tokens_and_positions(engine: Engine) -> None:
     image = image_state(engine, "a red fox", noise(48, 96))  # 3 × 6 tokens and the closing one
     assert image.length == len(ids) + 19 and image.position == len(ids) + 7
     for info in engine.bundle.manifest.states:
-        sizes = {"batch": 1, "past": image.length}
+        sizes = {"batch": 1, "state_batch": 1, "past": image.length}
         expected = tuple(sizes[d] if isinstance(d, str) else d for d in info.shape)
         assert image.arrays[info.input].shape == expected
         assert image.arrays[info.input].dtype == info.dtype

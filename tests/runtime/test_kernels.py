@@ -283,6 +283,25 @@ def test_causal_attention_equals_its_body(
 
 
 @needs_kernels
+def test_a_state_serves_several_rows() -> None:
+    """Two states for six rows give what each state gives three times; kernels and bodies alike."""
+    mixer, causal = delta_net_model(1, 2, 16, 24), causal_model(4, 2, 16)
+    sizes = {"b": 6, "s": 5, "past": 3, "all": 8}
+    for model in (mixer, causal):
+        feed = random_inputs(model, sizes)
+        states = [k for k in feed if "state" in k or "past" in k]
+        few = feed | {k: feed[k][:2] for k in states}
+        many = feed | {k: np.repeat(feed[k][:2], 3, axis=0) for k in states}
+        expected = run_onnxruntime(model, many, kernels=True)
+        found = run_onnxruntime(model, few, kernels=True)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
+        assert_close(run_onnxruntime(model, few, optimized=True), expected, 2e-5)
+        with pytest.raises(Exception, match="multiple of the number of states"):
+            run_onnxruntime(model, feed | {k: feed[k][:4] for k in states}, kernels=True)
+
+
+@needs_kernels
 def test_a_nan_stays_a_nan() -> None:
     model = causal_model(2, 1, 16)
     feed = random_inputs(model, {"b": 1, "s": 20, "past": 3, "all": 23})

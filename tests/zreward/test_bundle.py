@@ -297,7 +297,7 @@ def with_value(*place: str | int, value: object) -> Callable[[Json], None]:
         (lambda data: data.pop("states"), "field 'states' is missing"),
         (with_value("states", value=[]), "states are empty"),
         (with_value("states", 0, "dtype", value="object"), "dtype 'object'"),
-        (with_value("states", 0, "shape", value=["batch", "layers"]), "'batch' and 'past'"),
+        (with_value("states", 0, "shape", value=["batch", "layers"]), "'batch', 'state_batch', 'past'"),
         (with_value("states", 0, "shape", value=[0, 3]), "positive integers"),
         (with_value("states", 0, "shape", value=[True]), "expected an integer"),
         (with_value("graphs", value={"vision": "vision.onnx"}), "'vision' and 'decoder'"),

@@ -1,0 +1,42 @@
+"""States that serve several rows of tokens.
+
+The questions about an image run as one batch from one state. Where the operators of a graph take fewer states than
+rows, state i serves rows i · n to (i + 1) · n − 1, n being the ratio of the two, and nobody has to copy it n times.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir import tape
+
+from zreward.errors import ExportError
+
+STATE_BATCH = "state_batch"
+"""Name of the first axis of a state input that may be shorter than the batch."""
+
+
+def share_states(*states: ir.Value) -> None:
+    """Name the first axis of graph inputs, which an operator reads that takes fewer states than rows."""
+    for state in states:
+        if not state.is_graph_input() or state.shape is None:
+            raise ExportError(f"shared states: {state.name!r} is not a state that the graph is given")
+        state.shape = ir.Shape([STATE_BATCH, *list(state.shape)[1:]])
+
+
+def repeated_to(builder: tape.Tape, state: ir.Value, rows: ir.Value, rank: int) -> ir.Value:
+    """The state [n, …] of `rank` axes with each of its rows repeated, as many in all as `rows` [B, …] has."""
+
+    def integers(*values: int) -> ir.Value:
+        made: ir.Value = builder.op("Constant", [], attributes={"value_ints": list(values)})
+        return made
+
+    batch = builder.op("Shape", [rows], attributes={"end": 1})
+    times = builder.op("Div", [batch, builder.op("Shape", [state], attributes={"end": 1})])
+    ones = integers(*[1] * (rank - 1))
+    shape = builder.op("Concat", [integers(1), times, ones], attributes={"axis": 0})
+    wide = builder.op("Expand", [builder.op("Unsqueeze", [state, integers(1)]), shape])
+    rest = builder.op("Shape", [state], attributes={"start": 1})
+    final = builder.op("Concat", [batch, rest], attributes={"axis": 0})
+    # A past of no tokens has a size of zero, which Reshape would otherwise read as "as before".
+    result: ir.Value = builder.op("Reshape", [wide, final], attributes={"allowzero": 1})
+    return result
