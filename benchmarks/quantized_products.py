@@ -33,7 +33,7 @@ from zreward.export.passes.quantized_products import quantize_products_for_onnxr
 from zreward.export.weights import CheckpointTensor, Layout
 from zreward.quant.source import QuantizedCheckpoint
 from zreward.quant.tensor import QuantizedWeight, WeightFormat
-from zreward.runtime.kernels import library
+from zreward.runtime.kernels import compiled_library
 
 BOUND = 0.85
 """Of DynamicQuantizeMatMul's speed, which the per-token form must keep on every layer."""
@@ -139,7 +139,7 @@ def run_of(model: ir.Model, rows: int, inputs: int, threads: int, *, kernels: bo
     options.intra_op_num_threads = threads
     # A session's threads spin for a while after a run, and would take a core from the next session's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    compiled = library()
+    compiled = compiled_library()
     if kernels and compiled is not None:
         options.register_custom_ops_library(str(compiled))
     session = onnxruntime.InferenceSession(

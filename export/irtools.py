@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from onnx_ir import convenience
+from onnx_ir import convenience, tape
 
 from zreward.errors import ExportError
+
+DOMAIN = "zreward"
+"""Of the operators that are local functions, so that every runtime has them."""
 
 
 def input_of(node: ir.Node, index: int) -> ir.Value:
@@ -62,6 +65,20 @@ def remove_unread(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)
+
+
+def integers(builder: tape.Tape, *values: int) -> ir.Value:
+    """A constant int64 [n]."""
+    made: ir.Value = builder.op("Constant", [], attributes={"value_ints": list(values)})
+    return made
+
+
+def add_function(model: ir.Model, function: ir.Function) -> None:
+    """Give the model a function of `DOMAIN`, and the opsets that its body takes."""
+    model.functions[function.identifier()] = function
+    model.graph.opset_imports.setdefault(DOMAIN, 1)
+    for domain, opset in function.opset_imports.items():
+        model.graph.opset_imports.setdefault(domain, opset)
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -90,4 +90,6 @@ def _states(decoder: ir.Model) -> tuple[StateInfo, ...]:
 
 
 def _dimension_name(symbol: str) -> str:
-    return "past" if symbol.startswith("past") else "state_batch" if symbol == STATE_BATCH else "batch"
+    if symbol == STATE_BATCH:
+        return symbol
+    return "past" if symbol.startswith("past") else "batch"

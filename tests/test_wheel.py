@@ -78,7 +78,7 @@ def test_every_module_and_asset_is_in_the_wheel_and_nothing_else(wheel: Path) ->
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     compiled = {name for name in found if name.startswith("zreward/runtime/kernels/_library.")}
     assert found - compiled == expected
-    assert bool(compiled) == (kernels.library() is not None)
+    assert bool(compiled) == (kernels.compiled_library() is not None)
     packages = {f"{package.replace('.', '/')}/__init__.py" for package in SETUPTOOLS["packages"]}
     assert packages <= found
     assert "zreward/py.typed" in found

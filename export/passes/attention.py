@@ -22,7 +22,10 @@ from onnx_ir import tape
 
 from zreward.errors import ExportError
 from zreward.export.irtools import (
+    DOMAIN,
+    add_function,
     input_of,
+    integers,
     only_user,
     producer_of,
     remove_unread,
@@ -31,7 +34,6 @@ from zreward.export.irtools import (
 )
 from zreward.export.passes.state_rows import repeated_to, share_states
 
-DOMAIN = "zreward"
 ROTARY_ATTENTION = "RotaryAttention"
 CAUSAL_ATTENTION = "CausalAttention"
 
@@ -100,9 +102,7 @@ def _finish(
         return 0
     if len(shapes) > 1:
         raise ExportError("attention: layers differ in their heads")
-    function = body(model.graph.opset_imports[""], *shapes.pop())
-    model.functions[function.identifier()] = function
-    model.graph.opset_imports.setdefault(DOMAIN, 1)
+    add_function(model, body(model.graph.opset_imports[""], *shapes.pop()))
     remove_unread(model.graph)
     return changes
 
@@ -127,19 +127,15 @@ def rotary_attention(opset: int, heads: int, dim: int) -> ir.Function:
     qkv, cos, sin = (ir.Value(name=name) for name in ("qkv", "cos", "sin"))
     builder = tape.Tape()
 
-    def integers(*values: int) -> ir.Value:
-        made: ir.Value = builder.op("Constant", [], attributes={"value_ints": list(values)})
-        return made
-
     def rotated(x: ir.Value) -> ir.Value:
-        parted = builder.op("Reshape", [x, integers(-1, heads, dim)])
+        parted = builder.op("Reshape", [x, integers(builder, -1, heads, dim)])
         a, b = builder.op_multi_out(
             "Split", [parted], attributes={"axis": -1, "num_outputs": 2}, num_outputs=2
         )
         first = builder.op("Sub", [builder.op("Mul", [a, cos]), builder.op("Mul", [b, sin])])
         second = builder.op("Add", [builder.op("Mul", [a, sin]), builder.op("Mul", [b, cos])])
         joined = builder.op("Concat", [first, second], attributes={"axis": -1})
-        made: ir.Value = builder.op("Reshape", [joined, integers(1, -1, heads * dim)])
+        made: ir.Value = builder.op("Reshape", [joined, integers(builder, 1, -1, heads * dim)])
         return made
 
     q, k, v = builder.op_multi_out("Split", [qkv], attributes={"axis": -1, "num_outputs": 3}, num_outputs=3)
@@ -148,9 +144,9 @@ def rotary_attention(opset: int, heads: int, dim: int) -> ir.Function:
         "kv_num_heads": ir.RefAttr("kv_num_heads", "heads", ir.AttributeType.INT),
         "scale": ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
     }
-    values = builder.op("Unsqueeze", [v, integers(0)])
+    values = builder.op("Unsqueeze", [v, integers(builder, 0)])
     y = builder.op("Attention", [rotated(q), rotated(k), values], attributes=attributes)
-    result = builder.op("Squeeze", [y, integers(0)])
+    result = builder.op("Squeeze", [y, integers(builder, 0)])
     graph = ir.Graph(
         [qkv, cos, sin], [result], nodes=builder.nodes, opset_imports={"": opset}, name=ROTARY_ATTENTION
     )

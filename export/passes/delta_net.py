@@ -23,7 +23,10 @@ from onnx_ir import tape
 
 from zreward.errors import ExportError
 from zreward.export.irtools import (
+    DOMAIN,
+    add_function,
     input_of,
+    integers,
     only_user,
     producer_of,
     remove_unread,
@@ -33,7 +36,6 @@ from zreward.export.irtools import (
 from zreward.export.passes.delta_norm import EPSILON
 from zreward.export.passes.state_rows import repeated_to, share_states
 
-DOMAIN = "zreward"
 GATED_DELTA_NET = "GatedDeltaNet"
 
 _MS = "com.microsoft"
@@ -56,7 +58,6 @@ class _Layer:
 
     inputs: list[ir.Value]
     last: ir.Node
-    y: ir.Value
     conv_state: ir.Value
     state: ir.Value
     heads: Heads
@@ -88,16 +89,14 @@ def fuse_delta_nets(model: ir.Model) -> int:
             num_outputs=3,
         )
         share_states(*layer.inputs[-2:])
-        take_over(graph, [layer.y, layer.conv_state, layer.state], outputs)
+        take_over(graph, [layer.last.outputs[0], layer.conv_state, layer.state], outputs)
         graph.insert_after(layer.last, builder.nodes)
         heads.add(layer.heads)
     if not layers:
         return 0
     if len(heads) > 1:
         raise ExportError("delta net: layers differ in their heads")
-    function = gated_delta_net(model.graph.opset_imports[""], heads.pop())
-    model.functions[function.identifier()] = function
-    graph.opset_imports.setdefault(DOMAIN, 1)
+    add_function(model, gated_delta_net(model.graph.opset_imports[""], heads.pop()))
     remove_unread(graph)
     return len(layers)
 
@@ -139,9 +138,7 @@ def _match(attention: ir.Node) -> _Layer:
         state,
     ]
     scale, epsilon = attention.attributes["scale"].as_float(), norm.attributes["epsilon"].as_float()
-    return _Layer(
-        inputs, last, last.outputs[0], convolution.outputs[1], attention.outputs[1], heads, scale, epsilon
-    )
+    return _Layer(inputs, last, convolution.outputs[1], attention.outputs[1], heads, scale, epsilon)
 
 
 def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
@@ -150,21 +147,17 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
     qkv, z, b, a, conv_weight, rates, dt_bias, norm_weight, conv_state, state = inputs
     builder = tape.Tape()
 
-    def integers(*values: int) -> ir.Value:
-        made: ir.Value = builder.op("Constant", [], attributes={"value_ints": list(values)})
-        return made
-
     def attribute(name: str) -> ir.Value:
         reference = ir.RefAttr("value_float", name, ir.AttributeType.FLOAT)
         made: ir.Value = builder.op("Constant", [], attributes={"value_float": reference})
         return made
 
     def normalized(x: ir.Value) -> ir.Value:
-        parted = builder.op("Reshape", [x, integers(0, 0, heads.keys, heads.key_dim)])
-        square = builder.op("ReduceSumSquare", [parted, integers(-1)], attributes={"keepdims": 1})
+        parted = builder.op("Reshape", [x, integers(builder, 0, 0, heads.keys, heads.key_dim)])
+        square = builder.op("ReduceSumSquare", [parted, integers(builder, -1)], attributes={"keepdims": 1})
         length = builder.op("Sqrt", [builder.op("Add", [square, attribute("key_epsilon")])])
         made: ir.Value = builder.op(
-            "Reshape", [builder.op("Div", [parted, length]), integers(0, 0, key_width)]
+            "Reshape", [builder.op("Div", [parted, length]), integers(builder, 0, 0, key_width)]
         )
         return made
 
@@ -173,7 +166,10 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
     swapped = {"perm": [0, 2, 1]}
     zeros = builder.op(
         "Expand",
-        [builder.op("Constant", [], attributes={"value_float": 0.0}), integers(2 * key_width + value_width)],
+        [
+            builder.op("Constant", [], attributes={"value_float": 0.0}),
+            integers(builder, 2 * key_width + value_width),
+        ],
     )
     mixed, new_conv_state = builder.op_multi_out(
         "CausalConvWithState",
@@ -184,7 +180,10 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
     )
     mixed = builder.op("Transpose", [mixed], attributes=swapped)
     q, k, v = builder.op_multi_out(
-        "Split", [mixed, integers(key_width, key_width, value_width)], attributes={"axis": -1}, num_outputs=3
+        "Split",
+        [mixed, integers(builder, key_width, key_width, value_width)],
+        attributes={"axis": -1},
+        num_outputs=3,
     )
     speed = builder.op("Softplus", [builder.op("Add", [a, dt_bias])])
     decay = builder.op("Mul", [builder.op("Neg", [builder.op("Exp", [rates])]), speed])
@@ -200,7 +199,7 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
         domain=_MS,
         num_outputs=2,
     )
-    parted = integers(0, 0, heads.values, heads.value_dim)
+    parted = integers(builder, 0, 0, heads.values, heads.value_dim)
     by_head = builder.op("Reshape", [output, parted])
     epsilon = ir.RefAttr("epsilon", "norm_epsilon", ir.AttributeType.FLOAT)
     normed = builder.op(
@@ -208,7 +207,7 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
     )
     gate = builder.op("Reshape", [z, parted])
     gated = builder.op("Mul", [normed, builder.op("Mul", [gate, builder.op("Sigmoid", [gate])])])
-    y = builder.op("Reshape", [gated, integers(0, 0, value_width)])
+    y = builder.op("Reshape", [gated, integers(builder, 0, 0, value_width)])
     graph = ir.Graph(
         inputs,
         [y, new_conv_state, new_state],

@@ -33,9 +33,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience, tape
 
-from zreward.export.irtools import add_initializer, input_of
+from zreward.export.irtools import DOMAIN, add_function, add_initializer, input_of
 
-DOMAIN = "zreward"
 INT8_LINEAR = "Int8Linear"
 GELU_INT8_LINEAR = "GeluInt8Linear"
 SWIGLU_INT8_LINEAR = "SwiGluInt8Linear"
@@ -73,10 +72,7 @@ def add_functions(model: ir.Model) -> None:
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for name, activation in _ACTIVATIONS.items():
         if name in used:
-            function = _function(name, model.graph.opset_imports[""], activation)
-            model.functions[function.identifier()] = function
-            model.graph.opset_imports.setdefault(DOMAIN, 1)
-            model.graph.opset_imports.setdefault(_MS, 1)
+            add_function(model, _function(name, model.graph.opset_imports[""], activation))
 
 
 def _fuse_bias(graph: ir.Graph, node: ir.Node) -> int:

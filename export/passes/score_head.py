@@ -20,10 +20,9 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from zreward.errors import ExportError
-from zreward.export.irtools import add_initializer, input_of, producer_of
+from zreward.export.irtools import DOMAIN, add_function, add_initializer, input_of, integers, producer_of
 from zreward.export.weights import CheckpointTensor
 
-DOMAIN = "zreward"
 RUBRIC_EXPECTATION = "RubricExpectation"
 LABEL_MASS = "LabelMass"
 
@@ -58,7 +57,7 @@ def fuse_score_head(
     bin_values = add_initializer(graph, ir.tensor(np.array(bins, dtype=np.float32), name="zreward.bins"))
 
     builder = tape.Tape()
-    index = builder.op("Unsqueeze", [last_index, _constant(builder, [1])])
+    index = builder.op("Unsqueeze", [last_index, integers(builder, 1)])
     hidden = builder.op(
         "Add",
         [builder.op("GatherND", [value, index], attributes={"batch_dims": 1}) for value in (skip, branch)],
@@ -92,8 +91,7 @@ def fuse_score_head(
     graph.extend(builder.nodes)
     graph.outputs[:] = [value for _, value in named] + [v for v in graph.outputs if v is not logits]
     for function in functions:
-        model.functions[function.identifier()] = function
-    model.graph.opset_imports[DOMAIN] = 1
+        add_function(model, function)
     return 1
 
 
@@ -101,14 +99,10 @@ def _input(name: str, dtype: ir.DataType) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(["batch"]), type=ir.TensorType(dtype))
 
 
-def _constant(builder: tape.Tape, values: list[int]) -> ir.Value:
-    return builder.op("Constant", [], attributes={"value_ints": values})
-
-
 def _normed(builder: tape.Tape, hidden: ir.Value, weight: ir.Value) -> ir.Value:
     """RMS norm in float32 with the function's `epsilon`; the weight already holds Qwen's offset of one."""
     x = builder.op("Cast", [hidden], attributes={"to": ir.DataType.FLOAT})
-    axis = _constant(builder, [-1])
+    axis = integers(builder, -1)
     power = builder.op("ReduceMean", [builder.op("Mul", [x, x]), axis], attributes={"keepdims": 1})
     reference = ir.RefAttr("value_float", "epsilon", ir.AttributeType.FLOAT)
     epsilon = builder.op("Constant", [], attributes={"value_float": reference})
@@ -129,7 +123,7 @@ def _rubric_expectation(opset: int) -> ir.Function:
     )
     builder = tape.Tape()
     logits = _row_logits(builder, _normed(builder, hidden, weight), rows)
-    column = _constant(builder, [1])
+    column = integers(builder, 1)
     scaled = builder.op("Div", [logits, builder.op("Unsqueeze", [temperature, column])])
     probs = builder.op("Softmax", [scaled], attributes={"axis": -1})
     mean = builder.op("ReduceSum", [builder.op("Mul", [probs, bins]), column], attributes={"keepdims": 0})
@@ -148,7 +142,7 @@ def _label_mass(opset: int) -> ir.Function:
     )
     builder = tape.Tape()
     normed = _normed(builder, hidden, weight)
-    axis = _constant(builder, [1])
+    axis = integers(builder, 1)
     log_sums = [
         builder.op(
             "ReduceLogSumExp", [_row_logits(builder, normed, matrix), axis], attributes={"keepdims": 0}

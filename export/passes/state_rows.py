@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from zreward.errors import ExportError
+from zreward.export.irtools import integers
 
 STATE_BATCH = "state_batch"
 """Name of the first axis of a state input that may be shorter than the batch."""
@@ -26,15 +27,11 @@ def share_states(*states: ir.Value) -> None:
 def repeated_to(builder: tape.Tape, state: ir.Value, rows: ir.Value, rank: int) -> ir.Value:
     """The state [n, …] of `rank` axes with each of its rows repeated, as many in all as `rows` [B, …] has."""
 
-    def integers(*values: int) -> ir.Value:
-        made: ir.Value = builder.op("Constant", [], attributes={"value_ints": list(values)})
-        return made
-
     batch = builder.op("Shape", [rows], attributes={"end": 1})
     times = builder.op("Div", [batch, builder.op("Shape", [state], attributes={"end": 1})])
-    ones = integers(*[1] * (rank - 1))
-    shape = builder.op("Concat", [integers(1), times, ones], attributes={"axis": 0})
-    wide = builder.op("Expand", [builder.op("Unsqueeze", [state, integers(1)]), shape])
+    ones = integers(builder, *[1] * (rank - 1))
+    shape = builder.op("Concat", [integers(builder, 1), times, ones], attributes={"axis": 0})
+    wide = builder.op("Expand", [builder.op("Unsqueeze", [state, integers(builder, 1)]), shape])
     rest = builder.op("Shape", [state], attributes={"start": 1})
     final = builder.op("Concat", [batch, rest], attributes={"axis": 0})
     # A past of no tokens has a size of zero, which Reshape would otherwise read as "as before".

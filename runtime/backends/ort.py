@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from zreward.errors import BackendError
-from zreward.runtime.kernels import DISABLE, library
+from zreward.runtime.kernels import DISABLE, compiled_library
 
 _ERRORS_ONLY = 3  # onnxruntime's severity scale: 2 warns about every initializer that it folds
 
@@ -35,7 +35,7 @@ class OrtSession:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in path.read_bytes():
             options.add_session_config_entry("session.x64quantprecision", "1")
-        kernels = library()
+        kernels = compiled_library()
         if not packed:  # the kernels pack their weights too
             options.add_session_config_entry("session.disable_prepacking", "1")
         elif kernels is not None:

@@ -16,13 +16,13 @@ DISABLE = "ZREWARD_NO_KERNELS"
 """Environment variable: where it is set to anything, the library is not used."""
 
 
-def library() -> Path | None:
+def compiled_library() -> Path | None:
     """The compiled library, or None where there is none or `DISABLE` is set."""
-    return None if os.environ.get(DISABLE) else _compiled()
+    return None if os.environ.get(DISABLE) else _found()
 
 
 @cache
-def _compiled() -> Path | None:
+def _found() -> Path | None:
     folder = Path(__file__).parent
     candidates = (folder / f"_library{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)

@@ -29,7 +29,9 @@ FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 CPUINFO = Path("/proc/cpuinfo")
 has_avx512 = CPUINFO.exists() and set(CPUINFO.read_text().split()) >= FEATURES
 
-needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="the kernels were not compiled here")
+needs_kernels = pytest.mark.skipif(
+    kernels.compiled_library() is None, reason="the kernels were not compiled here"
+)
 
 # inputs, outputs, rows: one of everything, ends of quads, panels of 14 rows and blocks of 32 outputs, real layers
 SIZES = [(1, 1, 1), (5, 3, 2), (16, 32, 14), (17, 33, 15), (100, 130, 29), (192, 576, 77), (1024, 200, 3)]
@@ -342,7 +344,7 @@ def test_threads_get_what_one_gets() -> None:
     model = delta_net_model(2, 2, 32, 32)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
-    options.register_custom_ops_library(str(kernels.library()))
+    options.register_custom_ops_library(str(kernels.compiled_library()))
     shared = onnxruntime.InferenceSession(checked_proto(model).SerializeToString(), options)
     feeds = [delta_net_inputs(model, 2, 5 + seed, seed) for seed in range(24)]
     alone = [shared.run(["y"], feed)[0] for feed in feeds]
@@ -360,7 +362,7 @@ def test_scores_without_the_library_are_the_same(tiny_bundle: Path, monkeypatch:
         with Scorer.open(tiny_bundle) as scorer:
             (score,) = scorer.score(prompt="a red cube", images=[image])
         means.append([d.mean for d in score.dimensions.values()])
-    assert kernels.library() is None
+    assert kernels.compiled_library() is None
     np.testing.assert_allclose(means[0], means[1], rtol=0, atol=1e-4)
 
 
@@ -369,7 +371,7 @@ def test_a_library_that_cannot_be_loaded_is_named(
 ) -> None:
     broken = tmp_path / "_library.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr("zreward.runtime.backends.ort.library", lambda: broken)
+    monkeypatch.setattr("zreward.runtime.backends.ort.compiled_library", lambda: broken)
     with pytest.raises(BackendError, match=rf"{kernels.DISABLE}=1"):
         open_session(tiny_bundle / "decoder.onnx", provider="cpu", threads=1)
 
@@ -377,7 +379,7 @@ def test_a_library_that_cannot_be_loaded_is_named(
 @pytest.mark.skipif(not has_avx512, reason="this processor lacks AVX-512 VNNI")
 def test_the_kernels_were_compiled_here() -> None:
     """On the machines that they are for, a fresh clone has them."""
-    command = [sys.executable, "-c", "from zreward.runtime import kernels; print(kernels.library())"]
+    command = [sys.executable, "-c", "from zreward.runtime import kernels; print(kernels.compiled_library())"]
     environment = {k: v for k, v in os.environ.items() if k != kernels.DISABLE}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.strip().endswith(".so")

@@ -16,7 +16,7 @@ from onnx.reference.op_run import OpRun
 
 from zreward.checkpoint import Checkpoint
 from zreward.export.weights import CheckpointTensor, Layout
-from zreward.runtime.kernels import library
+from zreward.runtime.kernels import compiled_library
 from zreward.safetensors_file import TensorInfo
 
 Arrays = dict[str, NDArray[Any]]
@@ -88,7 +88,7 @@ def run_onnxruntime(
     options.intra_op_num_threads = 1
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     if kernels:
-        options.register_custom_ops_library(str(library()))
+        options.register_custom_ops_library(str(compiled_library()))
     for name, value in config.items():
         options.add_session_config_entry(name.replace("__", "."), value)
     session = onnxruntime.InferenceSession(

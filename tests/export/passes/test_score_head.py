@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from tests.support.graphs import checkpoint_of, model_from_text, normal, run_onnxruntime, run_reference
 from zreward.errors import ExportError
+from zreward.export.irtools import DOMAIN
 from zreward.export.passes.dead_outputs import remove_dead_outputs
-from zreward.export.passes.score_head import DOMAIN, LABEL_MASS, RUBRIC_EXPECTATION, fuse_score_head
+from zreward.export.passes.score_head import LABEL_MASS, RUBRIC_EXPECTATION, fuse_score_head
 
 Floats = NDArray[np.float64]
 
