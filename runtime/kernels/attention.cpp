@@ -176,7 +176,6 @@ class RotaryAttention {
   static constexpr const char* kName = "RotaryAttention";
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
   static constexpr int kOutputs[] = {ort::kFloat};
-  static constexpr size_t kRequiredInputs = 3;
 
   explicit RotaryAttention(const Setup& setup) : heads_(setup.integer("heads")), scale_(setup.number("scale")) {
     if (heads_ < 1) throw std::runtime_error("there must be at least one head");
@@ -251,7 +250,6 @@ class CausalAttention {
   static constexpr const char* kName = "CausalAttention";
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
   static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
-  static constexpr size_t kRequiredInputs = 6;
 
   explicit CausalAttention(const Setup& setup)
       : query_heads_(setup.integer("query_heads")), heads_(setup.integer("heads")), scale_(setup.number("scale")) {

@@ -203,7 +203,6 @@ class GatedDeltaNet {
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
                                     ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
   static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
-  static constexpr size_t kRequiredInputs = 10;
 
   // Attributes: key_heads, value_heads; scale of the queries; norm_epsilon, key_epsilon.
   explicit GatedDeltaNet(const Setup& setup)

@@ -217,7 +217,6 @@ template <Input kind>
 class Int8Linear {
  public:
   static constexpr size_t kFirst = kind == Input::kSwiGlu ? 1 : 0;  // position of x
-  static constexpr size_t kRequiredInputs = 5 + kFirst;
 
   explicit Int8Linear(const Setup& setup)
       : weights_(setup.constant(kFirst + 1, "codes"), setup.constant(kFirst + 2, "scales")) {

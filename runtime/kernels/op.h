@@ -39,7 +39,7 @@ struct Shape {
 };
 
 struct Tensor {
-  const void* data = nullptr;  // null: an optional input that is left out
+  const void* data = nullptr;
   Shape shape;
   int type = ort::kAnyType;
 
@@ -130,10 +130,9 @@ const ort::CustomOp* operator_of() {
     table.output_type = [](const CustomOp*, size_t i) { return static_cast<int>(Kernel::kOutputs[i]); };
     table.output_count = [](const CustomOp*) { return std::size(Kernel::kOutputs); };
     table.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-    table.input_characteristic = [](const CustomOp*, size_t i) {
-      return static_cast<int>(i < Kernel::kRequiredInputs ? ort::kRequired : ort::kOptional);
+    table.input_characteristic = table.output_characteristic = [](const CustomOp*, size_t) {
+      return static_cast<int>(ort::kRequired);
     };
-    table.output_characteristic = [](const CustomOp*, size_t) { return static_cast<int>(ort::kRequired); };
     table.input_memory_type = [](const CustomOp*, size_t) { return 0; };
     table.variadic_input_min = table.variadic_input_homogeneous = [](const CustomOp*) { return 0; };
     table.variadic_output_min = table.variadic_output_homogeneous = [](const CustomOp*) { return 0; };

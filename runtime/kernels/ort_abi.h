@@ -21,8 +21,8 @@ struct ShapeInferContext;
 
 constexpr uint32_t kApiVersion = 17;
 
-enum ElementType : int { kAnyType = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10 };
-enum Characteristic : int { kRequired = 0, kOptional = 1 };
+enum ElementType : int { kAnyType = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10 };
+enum Characteristic : int { kRequired = 0 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 using FunctionTable = const void* const*;
@@ -99,9 +99,6 @@ class Api {
   }
   Status* attribute(const KernelInfo* info, const char* name, int64_t* value) const {
     return at<Status* (*)(const KernelInfo*, const char*, int64_t*)>(86)(info, name, value);
-  }
-  Status* input_count(const KernelContext* context, size_t* count) const {
-    return at<Status* (*)(const KernelContext*, size_t*)>(88)(context, count);
   }
   Status* input(const KernelContext* context, size_t index, const Value** value) const {
     return at<Status* (*)(const KernelContext*, size_t, const Value**)>(90)(context, index, value);
