@@ -8,9 +8,16 @@
 // (Gated Delta Networks, arXiv 2412.06464.) The same arithmetic, in standard operators, is the body of the function of
 // this name in every graph (export/passes/delta_net.py).
 //
-// The recurrence runs token by token on slices of 32 columns of S, which stay in the first cache. Decays are not
-// multiplied into S but gathered in one factor D, S = D · S'; where D gets small it is multiplied in. A token's update
-// and the next token's two products with S' share one pass over it.
+// A task is a key head of a sequence with the value heads that read it. It goes through the tokens in blocks, so that
+// all that is between projections and output stays in the second cache. The recurrence runs on slices of 32 columns of
+// S, which stay in the first cache, and takes two tokens a pass: with S before them,
+//
+//   d₁ = β₁ (v₁ − a₁ Sᵀ k₁),                       o₁ = a₁ Sᵀ q₁ + (q₁ · k₁) d₁
+//   d₂ = β₂ (v₂ − a₁ a₂ Sᵀ k₂ − a₂ (k₂ · k₁) d₁),  o₂ = a₁ a₂ Sᵀ q₂ + a₂ (q₂ · k₁) d₁ + (q₂ · k₂) d₂
+//   S ← a₁ a₂ S + a₂ k₁ d₁ᵀ + k₂ d₂ᵀ
+//
+// for decays a₁ and a₂. They are not multiplied into S but gathered in one factor D, S = D · S'; where D gets small it
+// is multiplied in. The update for two tokens and the products of S' with the next two share one pass over it.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -26,60 +33,56 @@ namespace {
 constexpr size_t kWidth = 4, kPast = kWidth - 1;
 constexpr size_t kSlice = 32;
 constexpr size_t kMaxHead = 256;
+constexpr size_t kBlock = 64;  // tokens; an even number
+constexpr size_t kAhead = 8;   // tokens that are fetched ahead, as the rows of a head lie far apart
 constexpr float kSmallFactor = 1e-4f;
 
 struct Sizes {
   size_t batch, tokens, states, key_heads, value_heads, key_dim, value_dim;
   size_t state_of(size_t row) const { return row / (batch / states); }
-  size_t keys() const { return key_heads * key_dim; }
+  size_t group() const { return value_heads / key_heads; }
   size_t values() const { return value_heads * value_dim; }
-  size_t channels() const { return 2 * keys() + values(); }
-  size_t heads() const { return 2 * key_heads + value_heads; }
-  size_t channel_of(size_t head) const {
-    return head < 2 * key_heads ? head * key_dim : 2 * keys() + (head - 2 * key_heads) * value_dim;
-  }
+  size_t channels() const { return 2 * key_heads * key_dim + values(); }
+  size_t slices() const { return ceil_div(value_dim, kSlice); }
+  size_t slice_floats() const { return key_dim * kSlice; }
 };
 
-struct Buffers {
-  Scratch<float> mixed, decay, beta;
+// What a task remembers of one block of tokens.
+struct Block {
+  alignas(64) float query[kBlock * kMaxHead], key[kBlock * kMaxHead], value[kBlock * kMaxHead];
+  float decay[kBlock], beta[kBlock];
+  // q · k of a token with itself and, for the second token of a pair, q and k with the first one's k.
+  float agreement[kBlock], earlier_query[kBlock], earlier_key[kBlock];
 };
 
 ZREWARD_AVX512_BEGIN
 #include "vector_math.h"
 
-// Convolve, activate and (q, k) normalize the channels of one head of one sequence: out [tokens, dim].
-void convolve_head(const float* x, size_t stride, size_t tokens, size_t dim, const float* weights,
-                   size_t weight_stride, const float* state, float* new_state, bool normalize, float epsilon,
-                   float factor, float* out) {
-  float past[kPast][kMaxHead];
-  for (size_t c = 0; c < dim; ++c)
-    for (size_t j = 0; j < kPast; ++j) past[j][c] = state[c * kPast + j];
-  auto row = [&](ptrdiff_t t) -> const float* { return t < 0 ? past[t + ptrdiff_t{kPast}] : x + t * stride; };
-  for (size_t t = 0; t < tokens; ++t) {
+// Convolve and activate the channels of one head for the tokens [first, last), and divide them by their length times
+// 1 / factor where `factor` is not zero: out [last − first, dim]. x: the head's channels of token 0, rows at a stride.
+void convolve(const float* x, size_t stride, size_t first, size_t last, size_t dim, const float* weights,
+              size_t weight_stride, const float (*past)[kMaxHead], float epsilon, float factor, float* out) {
+  for (size_t t = first; t < last; ++t, out += dim) {
     const float* rows[kWidth];
-    for (size_t j = 0; j < kWidth; ++j) rows[j] = row(static_cast<ptrdiff_t>(t + j) - ptrdiff_t{kPast});
+    for (size_t j = 0; j < kWidth; ++j) rows[j] = t + j < kPast ? past[t + j] : x + (t + j - kPast) * stride;
     __m512 square = _mm512_setzero_ps();
     for (size_t c = 0; c < dim; c += 16) {
       const __mmask16 mask = simd::first(dim - c);
       __m512 sum = _mm512_setzero_ps();
+      _mm_prefetch(reinterpret_cast<const char*>(x + (t + kAhead) * stride + c), _MM_HINT_T0);
       for (size_t j = 0; j < kWidth; ++j)
         sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, rows[j] + c),
                               _mm512_maskz_loadu_ps(mask, weights + j * weight_stride + c), sum);
       const __m512 value = simd::silu(sum);
       square = _mm512_fmadd_ps(value, value, square);
-      _mm512_mask_storeu_ps(out + t * dim + c, mask, value);
+      _mm512_mask_storeu_ps(out + c, mask, value);
     }
-    if (!normalize) continue;
+    if (factor == 0) continue;
     const __m512 scale = _mm512_set1_ps(factor / std::sqrt(_mm512_reduce_add_ps(square) + epsilon));
     for (size_t c = 0; c < dim; c += 16) {
       const __mmask16 mask = simd::first(dim - c);
-      float* place = out + t * dim + c;
-      _mm512_mask_storeu_ps(place, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, place), scale));
+      _mm512_mask_storeu_ps(out + c, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, out + c), scale));
     }
-  }
-  for (size_t j = 0; j < kPast; ++j) {
-    const float* last = row(static_cast<ptrdiff_t>(tokens + j) - ptrdiff_t{kPast});
-    for (size_t c = 0; c < dim; ++c) new_state[c * kPast + j] = last[c];
   }
 }
 
@@ -92,92 +95,123 @@ float dot(const float* a, const float* b, size_t n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// Add k dᵀ to the slice S' and read the next token's Σ k' S' and Σ q' S' from it.
-struct Reading {
-  __m512 key[2], query[2];
+// Two tokens: keys and queries [key_dim], and the two halves of d that each adds to S'.
+struct Pair {
+  const float *key[2], *query[2];
+  __m512 delta[2][2];
 };
-Reading update_and_read(float* slice, size_t n, const float* k, __m512 d0, __m512 d1, const float* next_k,
-                        const float* next_q) {
-  __m512 key0 = _mm512_setzero_ps(), key1 = key0, key2 = key0, key3 = key0;
-  __m512 query0 = key0, query1 = key0, query2 = key0, query3 = key0;
-  size_t i = 0;
-  for (; i + 2 <= n; i += 2, slice += 2 * kSlice) {  // two rows of S', with sums of their own
-    const __m512 s0 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d0, _mm512_load_ps(slice));
-    const __m512 s1 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d1, _mm512_load_ps(slice + 16));
-    const __m512 s2 = _mm512_fmadd_ps(_mm512_set1_ps(k[i + 1]), d0, _mm512_load_ps(slice + 32));
-    const __m512 s3 = _mm512_fmadd_ps(_mm512_set1_ps(k[i + 1]), d1, _mm512_load_ps(slice + 48));
-    _mm512_store_ps(slice, s0);
-    _mm512_store_ps(slice + 16, s1);
-    _mm512_store_ps(slice + 32, s2);
-    _mm512_store_ps(slice + 48, s3);
-    key0 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s0, key0);
-    key1 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s1, key1);
-    key2 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i + 1]), s2, key2);
-    key3 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i + 1]), s3, key3);
-    query0 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s0, query0);
-    query1 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s1, query1);
-    query2 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i + 1]), s2, query2);
-    query3 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i + 1]), s3, query3);
-  }
-  if (i < n) {
-    const __m512 s0 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d0, _mm512_load_ps(slice));
-    const __m512 s1 = _mm512_fmadd_ps(_mm512_set1_ps(k[i]), d1, _mm512_load_ps(slice + 16));
-    _mm512_store_ps(slice, s0);
-    _mm512_store_ps(slice + 16, s1);
-    key0 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s0, key0);
-    key1 = _mm512_fmadd_ps(_mm512_set1_ps(next_k[i]), s1, key1);
-    query0 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s0, query0);
-    query1 = _mm512_fmadd_ps(_mm512_set1_ps(next_q[i]), s1, query1);
-  }
-  return {{_mm512_add_ps(key0, key2), _mm512_add_ps(key1, key3)},
-          {_mm512_add_ps(query0, query2), _mm512_add_ps(query1, query3)}};
-}
 
-// All tokens of columns [first, first + width) of one head. q, k: [tokens, key_dim]; v, o: [tokens] rows at a stride.
-void recur(const Sizes& sizes, const float* q, const float* k, const float* v, const float* decay, const float* beta,
-           size_t gate_stride, const float* state, float* new_state, float* o, size_t o_stride, size_t width) {
-  alignas(64) float slice[kMaxHead * kSlice];
-  static const float zeros[kMaxHead] = {};
-  const size_t n = sizes.key_dim, tokens = sizes.tokens;
-  const __mmask16 m0 = simd::first(width), m1 = width > 16 ? simd::first(width - 16) : 0;
-  for (size_t i = 0; i < n; ++i) {
-    _mm512_store_ps(slice + i * kSlice, _mm512_maskz_loadu_ps(m0, state + i * sizes.value_dim));
-    _mm512_store_ps(slice + i * kSlice + 16, _mm512_maskz_loadu_ps(m1, state + i * sizes.value_dim + 16));
-  }
-  float factor = 1;
-  if (tokens != 0) {
-    Reading read = update_and_read(slice, n, zeros, _mm512_setzero_ps(), _mm512_setzero_ps(), k, q);
-    for (size_t t = 0; t < tokens; ++t) {
-      const float *key = k + t * n, *query = q + t * n;
-      float next = factor * decay[t * gate_stride];
-      const float kept = next;
-      if (!(next >= kSmallFactor)) {  // multiply what is gathered into S'
-        const __m512 scale = _mm512_set1_ps(next);
-        for (size_t i = 0; i < n * kSlice; i += 16)
-          _mm512_store_ps(slice + i, _mm512_mul_ps(_mm512_load_ps(slice + i), scale));
-        next = 1;
-      }
-      const __m512 old = _mm512_set1_ps(kept), b = _mm512_set1_ps(beta[t * gate_stride]);
-      const float* value = v + t * sizes.value_dim;
-      const __m512 v0 = _mm512_maskz_loadu_ps(m0, value), v1 = _mm512_maskz_loadu_ps(m1, value + 16);
-      const __m512 d0 = _mm512_mul_ps(_mm512_fnmadd_ps(old, read.key[0], v0), b);
-      const __m512 d1 = _mm512_mul_ps(_mm512_fnmadd_ps(old, read.key[1], v1), b);
-      const __m512 agreement = _mm512_set1_ps(dot(query, key, n));
-      _mm512_mask_storeu_ps(o + t * o_stride, m0, _mm512_fmadd_ps(agreement, d0, _mm512_mul_ps(old, read.query[0])));
-      _mm512_mask_storeu_ps(o + t * o_stride + 16, m1,
-                            _mm512_fmadd_ps(agreement, d1, _mm512_mul_ps(old, read.query[1])));
-      const __m512 inverse = _mm512_set1_ps(1 / next);
-      const bool is_last = t + 1 == tokens;
-      read = update_and_read(slice, n, key, _mm512_mul_ps(d0, inverse), _mm512_mul_ps(d1, inverse),
-                             is_last ? zeros : key + n, is_last ? zeros : query + n);
-      factor = next;
+// Σ k S' and Σ q S' of two tokens, two halves each.
+struct Reading {
+  __m512 key[2][2], query[2][2];
+};
+
+// Add the deltas of `now` to a slice, if any, and read from it for `next`, if any.
+template <bool updates, bool reads>
+void pass(float* slice, size_t n, const Pair& now, const Pair& next, Reading& reading) {
+  __m512 key00, key01, key10, key11, query00, query01, query10, query11;
+  key00 = key01 = key10 = key11 = query00 = query01 = query10 = query11 = _mm512_setzero_ps();
+  const __m512 delta00 = now.delta[0][0], delta01 = now.delta[0][1];
+  const __m512 delta10 = now.delta[1][0], delta11 = now.delta[1][1];
+  const float *first = now.key[0], *second = now.key[1];
+  const float *next_key0 = next.key[0], *next_key1 = next.key[1];
+  const float *next_query0 = next.query[0], *next_query1 = next.query[1];
+  for (size_t i = 0; i < n; ++i, slice += kSlice) {
+    __m512 left = _mm512_load_ps(slice), right = _mm512_load_ps(slice + 16);
+    if constexpr (updates) {
+      const __m512 a = _mm512_set1_ps(first[i]), b = _mm512_set1_ps(second[i]);
+      left = _mm512_fmadd_ps(b, delta10, _mm512_fmadd_ps(a, delta00, left));
+      right = _mm512_fmadd_ps(b, delta11, _mm512_fmadd_ps(a, delta01, right));
+      _mm512_store_ps(slice, left);
+      _mm512_store_ps(slice + 16, right);
+    }
+    if constexpr (reads) {
+      const __m512 k0 = _mm512_set1_ps(next_key0[i]), q0 = _mm512_set1_ps(next_query0[i]);
+      const __m512 k1 = _mm512_set1_ps(next_key1[i]), q1 = _mm512_set1_ps(next_query1[i]);
+      key00 = _mm512_fmadd_ps(k0, left, key00);
+      key01 = _mm512_fmadd_ps(k0, right, key01);
+      query00 = _mm512_fmadd_ps(q0, left, query00);
+      query01 = _mm512_fmadd_ps(q0, right, query01);
+      key10 = _mm512_fmadd_ps(k1, left, key10);
+      key11 = _mm512_fmadd_ps(k1, right, key11);
+      query10 = _mm512_fmadd_ps(q1, left, query10);
+      query11 = _mm512_fmadd_ps(q1, right, query11);
     }
   }
+  if constexpr (reads) reading = {{{key00, key01}, {key10, key11}}, {{query00, query01}, {query10, query11}}};
+}
+
+// The tokens of a block, whose number n_tokens is padded to pairs, on columns [first, first + width) of one head:
+// o [n_tokens] rows at a stride. Slice and factor are the state.
+void recur(const Block& block, size_t n_tokens, size_t key_dim, size_t value_dim, size_t first, size_t width,
+           float* slice, float* factor, float* o, size_t o_stride) {
+  const __mmask16 masks[2] = {simd::first(width), width > 16 ? simd::first(width - 16) : __mmask16{0}};
+  auto pair_at = [&](size_t t) {
+    Pair pair;
+    for (size_t i = 0; i < 2; ++i) {
+      pair.key[i] = block.key + (t + i) * key_dim;
+      pair.query[i] = block.query + (t + i) * key_dim;
+    }
+    return pair;
+  };
+  Pair now = pair_at(0);
+  Reading reading;
+  pass<false, true>(slice, key_dim, now, now, reading);
+  for (size_t t = 0; t < n_tokens; t += 2) {
+    const float once = *factor * block.decay[t], decay = block.decay[t + 1], twice = once * decay;
+    float next_factor = twice;
+    if (!(twice >= kSmallFactor)) {  // multiply what is gathered into S'
+      const __m512 scale = _mm512_set1_ps(twice);
+      for (size_t i = 0; i < key_dim * kSlice; i += 16)
+        _mm512_store_ps(slice + i, _mm512_mul_ps(_mm512_load_ps(slice + i), scale));
+      next_factor = 1;
+    }
+    const __m512 old0 = _mm512_set1_ps(once), old1 = _mm512_set1_ps(twice);
+    const __m512 beta0 = _mm512_set1_ps(block.beta[t]), beta1 = _mm512_set1_ps(block.beta[t + 1]);
+    const __m512 same0 = _mm512_set1_ps(block.agreement[t]), same1 = _mm512_set1_ps(block.agreement[t + 1]);
+    const __m512 other_key = _mm512_set1_ps(decay * block.earlier_key[t + 1]);
+    const __m512 other_query = _mm512_set1_ps(decay * block.earlier_query[t + 1]);
+    const __m512 inverse = _mm512_set1_ps(1 / next_factor), kept = _mm512_set1_ps(decay / next_factor);
+    const float* values = block.value + t * value_dim + first;
+    for (size_t half = 0; half < 2; ++half) {
+      const __m512 v0 = _mm512_maskz_loadu_ps(masks[half], values + 16 * half);
+      const __m512 v1 = _mm512_maskz_loadu_ps(masks[half], values + value_dim + 16 * half);
+      const __m512 d0 = _mm512_mul_ps(_mm512_fnmadd_ps(old0, reading.key[0][half], v0), beta0);
+      const __m512 rest = _mm512_fnmadd_ps(other_key, d0, _mm512_fnmadd_ps(old1, reading.key[1][half], v1));
+      const __m512 d1 = _mm512_mul_ps(rest, beta1);
+      const __m512 o0 = _mm512_fmadd_ps(same0, d0, _mm512_mul_ps(old0, reading.query[0][half]));
+      const __m512 o1 = _mm512_fmadd_ps(
+          same1, d1, _mm512_fmadd_ps(other_query, d0, _mm512_mul_ps(old1, reading.query[1][half])));
+      _mm512_mask_storeu_ps(o + t * o_stride + 16 * half, masks[half], o0);
+      if (t + 1 < n_tokens) _mm512_mask_storeu_ps(o + (t + 1) * o_stride + 16 * half, masks[half], o1);
+      now.delta[0][half] = _mm512_mul_ps(d0, kept);
+      now.delta[1][half] = _mm512_mul_ps(d1, inverse);
+    }
+    *factor = next_factor;
+    if (t + 2 >= n_tokens) {
+      pass<true, false>(slice, key_dim, now, now, reading);
+    } else {
+      const Pair next = pair_at(t + 2);
+      pass<true, true>(slice, key_dim, now, next, reading);
+      for (size_t i = 0; i < 2; ++i) now.key[i] = next.key[i];
+    }
+  }
+}
+
+// Columns [first, first + width) of a state [key_dim, value_dim] to a slice, and back, times the factor.
+void load_slice(const float* state, size_t key_dim, size_t value_dim, size_t width, float* slice) {
+  const __mmask16 left = simd::first(width), right = width > 16 ? simd::first(width - 16) : __mmask16{0};
+  for (size_t i = 0; i < key_dim; ++i, state += value_dim, slice += kSlice) {
+    _mm512_store_ps(slice, _mm512_maskz_loadu_ps(left, state));
+    _mm512_store_ps(slice + 16, _mm512_maskz_loadu_ps(right, state + 16));
+  }
+}
+void store_slice(const float* slice, float factor, size_t key_dim, size_t value_dim, size_t width, float* state) {
+  const __mmask16 left = simd::first(width), right = width > 16 ? simd::first(width - 16) : __mmask16{0};
   const __m512 scale = _mm512_set1_ps(factor);
-  for (size_t i = 0; i < n; ++i) {
-    _mm512_mask_storeu_ps(new_state + i * sizes.value_dim, m0, _mm512_mul_ps(_mm512_load_ps(slice + i * kSlice), scale));
-    _mm512_mask_storeu_ps(new_state + i * sizes.value_dim + 16, m1,
-                          _mm512_mul_ps(_mm512_load_ps(slice + i * kSlice + 16), scale));
+  for (size_t i = 0; i < key_dim; ++i, state += value_dim, slice += kSlice) {
+    _mm512_mask_storeu_ps(state, left, _mm512_mul_ps(_mm512_load_ps(slice), scale));
+    _mm512_mask_storeu_ps(state + 16, right, _mm512_mul_ps(_mm512_load_ps(slice + 16), scale));
   }
 }
 
@@ -243,55 +277,115 @@ class GatedDeltaNet {
     conv_shape.sizes[0] = state_shape.sizes[0] = batch;
     float* new_conv_state = context.output(1, conv_shape);
     float* new_state = context.output(2, state_shape);
-    if (batch == 0) return;
-    static thread_local Buffers buffers;
-    float* mixed = buffers.mixed.resized(sizes.batch * sizes.tokens * sizes.channels());
-    float* decay = buffers.decay.resized(sizes.batch * sizes.tokens * sizes.value_heads);
-    float* beta = buffers.beta.resized(sizes.batch * sizes.tokens * sizes.value_heads);
-
-    // Heads of q, then of k, then of v, each [tokens, dim], for every sequence.
-    auto head_offset = [&](size_t row, size_t head) {
-      return (row * sizes.channels() + sizes.channel_of(head)) * sizes.tokens;
-    };
-    context.parallel(sizes.batch * sizes.heads() + 1, [&](size_t task) {
-      if (task == sizes.batch * sizes.heads()) return gates(b, a, sizes, decay, beta);
-      const size_t row = task / sizes.heads(), head = task % sizes.heads();
-      const size_t channel = sizes.channel_of(head);
-      const bool is_query = head < sizes.key_heads, is_value = head >= 2 * sizes.key_heads;
-      const size_t old_offset = (sizes.state_of(row) * sizes.channels() + channel) * kPast;
-      const size_t new_offset = (row * sizes.channels() + channel) * kPast;
-      convolve_head(x.as<float>() + row * sizes.tokens * sizes.channels() + channel, sizes.channels(), sizes.tokens,
-                    is_value ? sizes.value_dim : sizes.key_dim, conv_.data() + channel, sizes.channels(),
-                    conv_state.as<float>() + old_offset, new_conv_state + new_offset, !is_value, key_epsilon_,
-                    is_query ? scale_ : 1.0f, mixed + head_offset(row, head));
-    });
-
-    const size_t slices = ceil_div(sizes.value_dim, kSlice), group = sizes.value_heads / sizes.key_heads;
-    context.parallel(sizes.batch * sizes.value_heads * slices, [&](size_t task) {
-      const size_t row = task / (sizes.value_heads * slices), head = task / slices % sizes.value_heads;
-      const size_t first = task % slices * kSlice;
-      const size_t gate = row * sizes.tokens * sizes.value_heads + head;
+    context.parallel(sizes.batch * sizes.key_heads, [&](size_t task) {
+      const size_t row = task / sizes.key_heads, head = task % sizes.key_heads;
+      const size_t first_token = row * sizes.tokens, old_row = sizes.state_of(row), channels = sizes.channels();
       const size_t matrix = sizes.key_dim * sizes.value_dim;
-      const size_t old_at = (sizes.state_of(row) * sizes.value_heads + head) * matrix + first;
-      const size_t new_at = (row * sizes.value_heads + head) * matrix + first;
-      recur(sizes, mixed + head_offset(row, head / group), mixed + head_offset(row, sizes.key_heads + head / group),
-            mixed + head_offset(row, 2 * sizes.key_heads + head) + first, decay + gate, beta + gate, sizes.value_heads,
-            state.as<float>() + old_at, new_state + new_at,
-            y + row * sizes.tokens * sizes.values() + head * sizes.value_dim + first, sizes.values(),
-            std::min(kSlice, sizes.value_dim - first));
-    });
-
-    const size_t rows = sizes.batch * sizes.tokens, n_tasks = std::min<size_t>(rows, 16);
-    context.parallel(n_tasks, [&](size_t task) {
-      for (size_t row = rows * task / n_tasks; row < rows * (task + 1) / n_tasks; ++row)
-        for (size_t head = 0; head < sizes.value_heads; ++head) {
-          const size_t at = row * sizes.values() + head * sizes.value_dim;
-          gate_and_norm(y + at, z.as<float>() + at, norm_weight_.data(), sizes.value_dim, norm_epsilon_);
-        }
+      const Sequence sequence{x.as<float>() + first_token * channels,
+                              z.as<float>() + first_token * sizes.values(),
+                              b.as<float>() + first_token * sizes.value_heads,
+                              a.as<float>() + first_token * sizes.value_heads,
+                              conv_state.as<float>() + old_row * channels * kPast,
+                              state.as<float>() + old_row * sizes.value_heads * matrix,
+                              y + first_token * sizes.values(),
+                              new_conv_state + row * channels * kPast,
+                              new_state + row * sizes.value_heads * matrix};
+      run_head(sizes, sequence, head);
     });
   }
 
  private:
+  // Where the rows of one sequence begin.
+  struct Sequence {
+    const float *x, *z, *b, *a, *conv_state, *state;
+    float *y, *new_conv_state, *new_state;
+  };
+
+  // All tokens of a key head and its value heads.
+  void run_head(const Sizes& sizes, const Sequence& sequence, size_t head) const {
+    static thread_local Scratch<Block> block_memory;
+    static thread_local Scratch<float> slice_memory, factor_memory;
+    const size_t group = sizes.group(), n_slices = group * sizes.slices(), channels = sizes.channels();
+    const size_t key_dim = sizes.key_dim, value_dim = sizes.value_dim, matrix = key_dim * value_dim;
+    Block& block = *block_memory.resized(1);
+    float* slices = slice_memory.resized(n_slices * sizes.slice_floats());
+    float* factors = factor_memory.resized(n_slices);
+    auto for_slices = [&](size_t g, auto&& work) {
+      for (size_t s = 0; s < sizes.slices(); ++s) {
+        const size_t index = g * sizes.slices() + s, first = s * kSlice;
+        work(slices + index * sizes.slice_floats(), factors + index, first, std::min(kSlice, value_dim - first));
+      }
+    };
+    for (size_t g = 0; g < group; ++g)
+      for_slices(g, [&](float* slice, float* factor, size_t first, size_t width) {
+        load_slice(sequence.state + (head * group + g) * matrix + first, key_dim, value_dim, width, slice);
+        *factor = 1;
+      });
+    auto convolve_block = [&](size_t channel, size_t dim, size_t first, size_t last, float factor, float* out) {
+      float past[kPast][kMaxHead];
+      if (first < kPast)
+        for (size_t c = 0; c < dim; ++c)
+          for (size_t j = 0; j < kPast; ++j) past[j][c] = sequence.conv_state[(channel + c) * kPast + j];
+      convolve(sequence.x + channel, channels, first, last, dim, conv_.data() + channel, channels, past,
+               key_epsilon_, factor, out);
+    };
+    const size_t query_channel = head * key_dim, key_channel = (sizes.key_heads + head) * key_dim;
+    const size_t value_channel = 2 * sizes.key_heads * key_dim + head * group * value_dim;
+    for (size_t start = 0; start < sizes.tokens; start += kBlock) {
+      const size_t n = std::min(kBlock, sizes.tokens - start);
+      convolve_block(query_channel, key_dim, start, start + n, scale_, block.query);
+      convolve_block(key_channel, key_dim, start, start + n, 1.0f, block.key);
+      if (n % 2 != 0) {  // a token that changes nothing makes the last pair whole
+        std::fill_n(block.query + n * key_dim, key_dim, 0.0f);
+        std::fill_n(block.key + n * key_dim, key_dim, 0.0f);
+        std::fill_n(block.value + n * value_dim, value_dim, 0.0f);
+        block.decay[n] = 1;
+        block.beta[n] = block.agreement[n] = block.earlier_key[n] = block.earlier_query[n] = 0;
+      }
+      for (size_t t = 0; t < n; ++t) {
+        const float *query = block.query + t * key_dim, *key = block.key + t * key_dim;
+        block.agreement[t] = dot(query, key, key_dim);
+        if (t % 2 == 0) continue;
+        block.earlier_query[t] = dot(query, key - key_dim, key_dim);
+        block.earlier_key[t] = dot(key, key - key_dim, key_dim);
+      }
+      for (size_t g = 0; g < group; ++g) {
+        const size_t value_head = head * group + g;
+        convolve_block(value_channel + g * value_dim, value_dim, start, start + n, 0.0f, block.value);
+        for (size_t t = 0; t < n; ++t) {
+          const size_t at = (start + t) * sizes.value_heads + value_head;
+          block.decay[t] = std::exp(decay_rates_[value_head] * softplus(sequence.a[at] + dt_bias_[value_head]));
+          block.beta[t] = 1 / (1 + std::exp(-sequence.b[at]));
+        }
+        float* out = sequence.y + start * sizes.values() + value_head * value_dim;
+        for_slices(g, [&](float* slice, float* factor, size_t first, size_t width) {
+          recur(block, n, key_dim, value_dim, first, width, slice, factor, out + first, sizes.values());
+        });
+        const float* z = sequence.z + start * sizes.values() + value_head * value_dim;
+        for (size_t t = 0; t < n; ++t)
+          gate_and_norm(out + t * sizes.values(), z + t * sizes.values(), norm_weight_.data(), value_dim, norm_epsilon_);
+      }
+    }
+    for (size_t g = 0; g < group; ++g)
+      for_slices(g, [&](float* slice, float* factor, size_t first, size_t width) {
+        store_slice(slice, *factor, key_dim, value_dim, width,
+                    sequence.new_state + (head * group + g) * matrix + first);
+      });
+    keep_past(sizes, sequence, query_channel, key_dim);
+    keep_past(sizes, sequence, key_channel, key_dim);
+    keep_past(sizes, sequence, value_channel, group * value_dim);
+  }
+
+  // The last inputs of the convolution of n channels.
+  void keep_past(const Sizes& sizes, const Sequence& sequence, size_t channel, size_t n) const {
+    for (size_t c = channel; c < channel + n; ++c)
+      for (size_t j = 0; j < kPast; ++j) {
+        const size_t t = sizes.tokens + j;  // counted from the first of the past
+        sequence.new_conv_state[c * kPast + j] =
+            t < kPast ? sequence.conv_state[c * kPast + t] : sequence.x[(t - kPast) * sizes.channels() + c];
+      }
+  }
+
   Sizes checked_sizes(const Tensor& x, const Tensor& z, const Tensor& b, const Tensor& a, const Tensor& conv_state,
                       const Tensor& state) const {
     if (x.shape.rank != 3 || conv_state.shape.rank != 3 || state.shape.rank != 4)
@@ -308,15 +402,6 @@ class GatedDeltaNet {
         !has(state, sizes.states * value_heads * key_dim_ * sizes.value_dim))
       throw std::runtime_error("the shapes of projections and states do not fit each other");
     return sizes;
-  }
-
-  // decay and β of every token and head, [batch, tokens, heads].
-  void gates(const Tensor& b, const Tensor& a, const Sizes& sizes, float* decay, float* beta) const {
-    for (size_t i = 0; i < sizes.batch * sizes.tokens * sizes.value_heads; ++i) {
-      const size_t head = i % sizes.value_heads;
-      decay[i] = std::exp(decay_rates_[head] * softplus(a.as<float>()[i] + dt_bias_[head]));
-      beta[i] = 1 / (1 + std::exp(-b.as<float>()[i]));
-    }
   }
 
   int64_t key_heads_, value_heads_;

@@ -22,7 +22,7 @@ namespace zreward {
 namespace {
 
 constexpr size_t kRows = 14, kColumns = 32;
-constexpr int kOffset = 128;            // of the unsigned weight codes
+constexpr int kOffset = 128;            // of the unsigned weight codes; adding it flips a code's highest bit
 constexpr size_t kChunkBytes = 400000;  // of quantized rows that one pass over the weights keeps in the second cache
 constexpr float kSmallestPeak = 1e-30f;
 
@@ -39,16 +39,30 @@ struct Weights {
     scales = scale_memory.resized(padded);
     std::fill(scales, scales + padded, 0.0f);
     std::copy(given.begin(), given.end(), scales);
-    std::memset(packed, kOffset, padded * quads * 4);
     const int8_t* source = codes.as<int8_t>();
-    for (size_t block = 0; block < n_blocks(); ++block) {
-      uint8_t* target = packed + block * quads * 4 * kColumns;
-      const size_t first = block * kColumns, n = std::min(kColumns, outputs - first);
-      for (size_t k = 0; k < inputs; ++k) {
-        uint8_t* quad = target + k / 4 * 4 * kColumns + k % 4;
-        const int8_t* row = source + k * outputs + first;
-        for (size_t j = 0; j < n; ++j) quad[4 * j] = static_cast<uint8_t>(row[j] + kOffset);
-      }
+    const size_t block_bytes = quads * 4 * kColumns;
+    for (size_t quad = 0; quad < quads; ++quad)
+      for (size_t block = 0; block < n_blocks(); ++block)
+        pack_quad(source + 4 * quad * outputs + block * kColumns, std::min<size_t>(4, inputs - 4 * quad),
+                  std::min(kColumns, outputs - block * kColumns), packed + block * block_bytes + quad * 4 * kColumns);
+  }
+
+  // Four inputs (or the last n_inputs) of a block's outputs, row-major in the source, to [32][4].
+  void pack_quad(const int8_t* source, size_t n_inputs, size_t n_outputs, uint8_t* target) const {
+    alignas(16) int8_t rows[4][kColumns] = {};
+    for (size_t k = 0; k < n_inputs; ++k) std::memcpy(rows[k], source + k * outputs, n_outputs);
+    const __m128i offset = _mm_set1_epi8(static_cast<char>(kOffset));
+    for (size_t j = 0; j < kColumns; j += 16) {
+      __m128i row[4];
+      for (size_t k = 0; k < 4; ++k)
+        row[k] = _mm_xor_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(rows[k] + j)), offset);
+      const __m128i low01 = _mm_unpacklo_epi8(row[0], row[1]), low23 = _mm_unpacklo_epi8(row[2], row[3]);
+      const __m128i high01 = _mm_unpackhi_epi8(row[0], row[1]), high23 = _mm_unpackhi_epi8(row[2], row[3]);
+      auto* place = reinterpret_cast<__m128i*>(target + 4 * j);
+      _mm_store_si128(place, _mm_unpacklo_epi16(low01, low23));
+      _mm_store_si128(place + 1, _mm_unpackhi_epi16(low01, low23));
+      _mm_store_si128(place + 2, _mm_unpacklo_epi16(high01, high23));
+      _mm_store_si128(place + 3, _mm_unpackhi_epi16(high01, high23));
     }
   }
 

@@ -21,9 +21,14 @@ inline __m512 exp(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
+// 1 / x for finite x, relative error below 2e-7: an estimate of 14 bits and one step of Newton's method.
+inline __m512 reciprocal(__m512 x) {
+  const __m512 estimate = _mm512_rcp14_ps(x);
+  return _mm512_mul_ps(estimate, _mm512_fnmadd_ps(x, estimate, _mm512_set1_ps(2.0f)));
+}
+
 inline __m512 sigmoid(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  return reciprocal(_mm512_add_ps(_mm512_set1_ps(1.0f), exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 inline __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid(x)); }
