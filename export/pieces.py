@@ -61,6 +61,7 @@ class PiecewiseSession:
         self._model = onnx.load(path, load_external_data=False)
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._values = {info.name: info for info in self._model.graph.value_info}
+        self.inputs = frozenset(value.name for value in self._model.graph.input)
         self._pieces = cut(self._model.graph, piece_bytes)
         self._whole: Session | None = None
         if len(self._pieces) == 1:

@@ -132,7 +132,7 @@ class Engine:
         embeddings = np.tile(questions, (n_images, 1, 1))
         positions = text_positions(state.position, embeddings.shape[1])
         names = ["probs", "label_mass"] if self.bundle.manifest.label_mass else ["probs"]
-        inputs = self._inputs(state, embeddings, positions)
+        inputs = self._inputs(state, embeddings, positions, keep_states=False)
         temperatures = np.array(self.contract.temperatures, dtype=np.float32)[asked]
         inputs["last_index"] = np.tile(last_index, n_images)
         inputs["temperature"] = np.tile(temperatures, n_images)
@@ -163,9 +163,12 @@ class Engine:
         arrays = {s.input: output for s, output in zip(states, outputs, strict=True)}
         return DecoderState(arrays, state.length + embeddings.shape[1], next_position)
 
-    def _inputs(self, state: DecoderState, embeddings: Floats, positions: Ids) -> dict[str, NDArray[Any]]:
+    def _inputs(
+        self, state: DecoderState, embeddings: Floats, positions: Ids, *, keep_states: bool = True
+    ) -> dict[str, NDArray[Any]]:
+        """What the decoder is given; `keep_states` says whether the new states will be read."""
         rows, tokens = embeddings.shape[:2]
-        return {
+        inputs = {
             "inputs_embeds": embeddings,
             "attention_mask": np.ones((rows, state.length + tokens), dtype=np.int64),
             "position_ids": np.repeat(positions[:, None], rows, axis=1),
@@ -173,6 +176,9 @@ class Engine:
             "temperature": np.ones(rows, dtype=np.float32),
             **state.arrays,
         }
+        if "keep_states" in self._graphs["decoder"].inputs:  # a graph that always returns them does not ask
+            inputs["keep_states"] = np.array(keep_states, dtype=np.int64)
+        return inputs
 
     def _empty_states(self) -> dict[str, NDArray[Any]]:
         sizes = {"batch": 1, "state_batch": 1, "past": 0}

@@ -1,16 +1,20 @@
 """Attention as one local function of the domain zreward for the vision tower and one for the decoder.
 
-    RotaryAttention(qkv [T, 3·H·D], cos [T, 1, D/2], sin [T, 1, D/2]; heads H, scale) -> y [T, H·D]
+    RotaryAttention(qkv [T, 3·H·D], cos [T, 1, D/2], sin [T, 1, D/2]; heads H, scale, bfloat16) -> y [T, H·D]
     CausalAttention(q [B, S, Hq·D], k [B, S, H·D], v [B, S, H·D], mask [B, 1, S, P + S],
-                    past_key [n, H, P, D], past_value [n, H, P, D]; query_heads Hq, heads H, scale)
+                    past_key [n, H, P, D], past_value [n, H, P, D], keep_states [];
+                    query_heads Hq, heads H, scale, bfloat16)
         -> y [B, S, Hq·D], present_key [B, H, P + S, D], present_value [B, H, P + S, D]
 
-with n states for B rows, see state_rows.py.
+with n states for B rows, which need not be written where keep_states is 0, see state_rows.py.
 
 The first is the attention of a tower that sees one image: every patch attends to every patch, after queries and keys
 are rotated. The second is ONNX's Attention as mobius uses it, where a token sees the past and what stands before it.
 The bodies are the nodes that were there. A runtime that has registered the kernels of `zreward.runtime.kernels` runs
 those, which read queries, keys and values where the projections left them.
+
+Where `bfloat16` is 1, a kernel may round queries, keys, weights and values to that type in front of its products, whose
+sums stay float32. The bodies never do.
 """
 
 from __future__ import annotations
@@ -32,14 +36,17 @@ from zreward.export.irtools import (
     take_over,
     width_of,
 )
-from zreward.export.passes.state_rows import repeated_to, share_states
+from zreward.export.passes.state_rows import KEEP_STATES, keep_states_input, repeated_to, share_states
 
 ROTARY_ATTENTION = "RotaryAttention"
 CAUSAL_ATTENTION = "CausalAttention"
 
 
-def fuse_rotary_attention(model: ir.Model) -> int:
+def fuse_rotary_attention(model: ir.Model, *, bfloat16: bool) -> int:
     """Replace the attention of every block of a vision tower, after `specialize_single_image`.
+
+    Args:
+        bfloat16: kernels may round factors.
 
     Raises:
         ExportError: an Attention stands in other surroundings than mobius gives it.
@@ -60,7 +67,7 @@ def fuse_rotary_attention(model: ir.Model) -> int:
         new = builder.op(
             ROTARY_ATTENTION,
             [input_of(split, 0), cos, sin],
-            attributes={"heads": heads, "scale": scale},
+            attributes={"heads": heads, "scale": scale, "bfloat16": int(bfloat16)},
             domain=DOMAIN,
         )
         take_over(graph, squeeze.outputs, [new])
@@ -69,8 +76,8 @@ def fuse_rotary_attention(model: ir.Model) -> int:
     return _finish(model, len(nodes), shapes, rotary_attention)
 
 
-def fuse_causal_attention(model: ir.Model) -> int:
-    """Replace the decoder's Attention nodes; errors as above."""
+def fuse_causal_attention(model: ir.Model, *, bfloat16: bool) -> int:
+    """Replace the decoder's Attention nodes; arguments and errors as above."""
     graph, shapes = model.graph, set()
     nodes = [node for node in graph if node.op_type == "Attention"]
     for node in nodes:
@@ -83,8 +90,9 @@ def fuse_causal_attention(model: ir.Model) -> int:
             raise ExportError("causal attention: it does not return its keys and values")
         query_heads, heads = (node.attributes[n].as_int() for n in ("q_num_heads", "kv_num_heads"))
         scale = node.attributes["scale"].as_float()
-        attributes = {"query_heads": query_heads, "heads": heads, "scale": scale}
+        attributes = {"query_heads": query_heads, "heads": heads, "scale": scale, "bfloat16": int(bfloat16)}
         share_states(*inputs[4:])
+        inputs.append(keep_states_input(graph))
         builder = tape.Tape()
         outputs = builder.op_multi_out(
             CAUSAL_ATTENTION, inputs, attributes=attributes, domain=DOMAIN, num_outputs=3
@@ -150,13 +158,13 @@ def rotary_attention(opset: int, heads: int, dim: int) -> ir.Function:
     graph = ir.Graph(
         [qkv, cos, sin], [result], nodes=builder.nodes, opset_imports={"": opset}, name=ROTARY_ATTENTION
     )
-    made = [ir.AttrInt64("heads", heads), ir.AttrFloat32("scale", dim**-0.5)]
+    made = [ir.AttrInt64("heads", heads), ir.AttrFloat32("scale", dim**-0.5), ir.AttrInt64("bfloat16", 0)]
     return ir.Function(DOMAIN, ROTARY_ATTENTION, "", graph=graph, attributes=made)
 
 
 def causal_attention(opset: int, query_heads: int, heads: int) -> ir.Function:
     """The body for decoders of these heads; its opset must equal its model's."""
-    names = ("q", "k", "v", "mask", "past_key", "past_value")
+    names = ("q", "k", "v", "mask", "past_key", "past_value", KEEP_STATES)
     inputs = [ir.Value(name=name) for name in names]
     builder = tape.Tape()
     attributes = {
@@ -165,12 +173,13 @@ def causal_attention(opset: int, query_heads: int, heads: int) -> ir.Function:
         "scale": ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
         "is_causal": ir.AttrInt64("is_causal", 1),
     }
-    past = [repeated_to(builder, state, inputs[0], 4) for state in inputs[4:]]
+    past = [repeated_to(builder, state, inputs[0], 4) for state in inputs[4:6]]
     outputs = builder.op_multi_out("Attention", [*inputs[:4], *past], attributes=attributes, num_outputs=3)
     graph = ir.Graph(inputs, outputs, nodes=builder.nodes, opset_imports={"": opset}, name=CAUSAL_ATTENTION)
     made = [
         ir.AttrInt64("query_heads", query_heads),
         ir.AttrInt64("heads", heads),
         ir.AttrFloat32("scale", 1.0),
+        ir.AttrInt64("bfloat16", 0),
     ]
     return ir.Function(DOMAIN, CAUSAL_ATTENTION, "", graph=graph, attributes=made)

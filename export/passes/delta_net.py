@@ -1,11 +1,11 @@
 """The token mixer of a Gated DeltaNet layer as one local function of the domain zreward.
 
     GatedDeltaNet(qkv [B, S, 2·Kh·Dk + Vh·Dv], z [B, S, Vh·Dv], b [B, S, Vh], a [B, S, Vh], conv_weight [C, 1, 4],
-                  A_log [Vh], dt_bias [Vh], norm_weight [Dv], conv_state [n, C, 3], state [n, Vh, Dk, Dv];
+                  A_log [Vh], dt_bias [Vh], norm_weight [Dv], conv_state [n, C, 3], state [n, Vh, Dk, Dv], keep_states [];
                   key_heads Kh, value_heads Vh, scale, norm_epsilon, key_epsilon)
         -> y [B, S, Vh·Dv], conv_state [B, C, 3], state [B, Vh, Dk, Dv]
 
-with n states for B rows, see state_rows.py.
+with n states for B rows, which need not be written where keep_states is 0, see state_rows.py.
 
 It holds everything between a layer's input projections and its output projection: causal convolution, normalized keys
 and queries, decays, the gated delta rule, and the gated norm. Its body is what mobius builds for a layer, with ONNX
@@ -34,12 +34,12 @@ from zreward.export.irtools import (
     width_of,
 )
 from zreward.export.passes.delta_norm import EPSILON
-from zreward.export.passes.state_rows import repeated_to, share_states
+from zreward.export.passes.state_rows import KEEP_STATES, keep_states_input, repeated_to, share_states
 
 GATED_DELTA_NET = "GatedDeltaNet"
 
 _MS = "com.microsoft"
-_INPUTS = ("qkv", "z", "b", "a", "conv_weight", "A_log", "dt_bias", "norm_weight", "conv_state", "state")
+_INPUTS = ("qkv", "z", "b", "a", "conv_weight", "A_log", "dt_bias", "norm_weight", "conv_state", "state", KEEP_STATES)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,14 @@ def fuse_delta_nets(model: ir.Model) -> int:
     """
     graph, heads = model.graph, set()
     layers = [_match(node) for node in graph if node.op_type == "LinearAttention"]
+    if not layers:
+        return 0
+    keep = keep_states_input(graph)
     for layer in layers:
         builder = tape.Tape()
         outputs = builder.op_multi_out(
             GATED_DELTA_NET,
-            layer.inputs,
+            [*layer.inputs, keep],
             attributes={
                 "key_heads": layer.heads.keys,
                 "value_heads": layer.heads.values,
@@ -92,8 +95,6 @@ def fuse_delta_nets(model: ir.Model) -> int:
         take_over(graph, [layer.last.outputs[0], layer.conv_state, layer.state], outputs)
         graph.insert_after(layer.last, builder.nodes)
         heads.add(layer.heads)
-    if not layers:
-        return 0
     if len(heads) > 1:
         raise ExportError("delta net: layers differ in their heads")
     add_function(model, gated_delta_net(model.graph.opset_imports[""], heads.pop()))
@@ -144,7 +145,7 @@ def _match(attention: ir.Node) -> _Layer:
 def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
     """The body for layers of these heads; its opset must equal its model's."""
     inputs = [ir.Value(name=name) for name in _INPUTS]
-    qkv, z, b, a, conv_weight, rates, dt_bias, norm_weight, conv_state, state = inputs
+    qkv, z, b, a, conv_weight, rates, dt_bias, norm_weight, conv_state, state, _ = inputs
     builder = tape.Tape()
 
     def attribute(name: str) -> ir.Value:

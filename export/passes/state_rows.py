@@ -1,7 +1,9 @@
-"""States that serve several rows of tokens.
+"""States that serve several rows of tokens, and states that nobody reads.
 
 The questions about an image run as one batch from one state. Where the operators of a graph take fewer states than
 rows, state i serves rows i · n to (i + 1) · n − 1, n being the ratio of the two, and nobody has to copy it n times.
+After the questions nothing follows: where the input `keep_states` is 0, kernels need not write the new states, which
+must not be asked for then.
 """
 
 from __future__ import annotations
@@ -14,6 +16,19 @@ from zreward.export.irtools import integers
 
 STATE_BATCH = "state_batch"
 """Name of the first axis of a state input that may be shorter than the batch."""
+
+KEEP_STATES = "keep_states"
+"""Name of the graph input, int64 [], that is 0 where the new states are not read."""
+
+
+def keep_states_input(graph: ir.Graph) -> ir.Value:
+    """The graph input of this name, which is added where it is missing."""
+    for value in graph.inputs:
+        if value.name == KEEP_STATES:
+            return value
+    flag = ir.Value(name=KEEP_STATES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    graph.inputs.append(flag)
+    return flag
 
 
 def share_states(*states: ir.Value) -> None:

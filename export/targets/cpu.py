@@ -40,8 +40,10 @@ def lower_to_cpu(
     """
     simplify(graphs, code_ids=code_ids, bins=bins, n_positions=n_positions, label_mass=label_mass)
     fuse_delta_nets(graphs.decoder)
-    fuse_causal_attention(graphs.decoder)
-    fuse_rotary_attention(graphs.vision)
+    # Where the inputs of linear layers are rounded to 8 bits, those of attention may be rounded to bfloat16.
+    rounds = quantized is not None and accuracy_level == ACCURACY_LEVEL
+    fuse_causal_attention(graphs.decoder, bfloat16=rounds)
+    fuse_rotary_attention(graphs.vision, bfloat16=rounds)
     for model in (graphs.vision, graphs.decoder):
         if quantized is not None:
             quantize_products_for_onnxruntime(model, quantized, accuracy_level=accuracy_level)

@@ -16,7 +16,13 @@ PROVIDERS = ("auto", "cpu")
 
 
 class Session(Protocol):
-    """One loaded graph. `run` may be called from several threads at once."""
+    """One loaded graph. `run` may be called from several threads at once.
+
+    Attributes:
+        inputs: names of the graph's inputs, all of which `run` needs.
+    """
+
+    inputs: frozenset[str]
 
     def run(self, outputs: list[str], inputs: dict[str, Array]) -> list[Array]: ...
 

@@ -49,6 +49,7 @@ class OrtSession:
                 f"{path}: onnxruntime {onnxruntime.__version__} refuses this graph ({error}); "
                 "check the bundle with `zreward verify`, or upgrade onnxruntime"
             ) from None
+        self.inputs = frozenset(value.name for value in self._session.get_inputs())
 
     def run(self, outputs: list[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         try:

@@ -1,8 +1,11 @@
-// Attention of the vision tower and of the decoder, exact, in float32.
+// Attention of the vision tower and of the decoder.
 //
 // Fourteen queries of one head are worked on at a time. Keys and values of a head are laid out once so that the inner
-// loops read them in order: keys [tokens / 16][dim][16], values [dim / 32][tokens][32]. The scores of the fourteen
-// queries lie as [tokens / 16][14][16], where both the softmax and the product with the values find them.
+// loops read them in order. The scores of the fourteen queries lie as [tokens / 16][14][16], where both the softmax and
+// the product with the values find them.
+//
+// Products and sums are float32. Where a layer allows it and the processor has vdpbf16ps, the factors of both products
+// are rounded to bfloat16 first, which halves their time; softmax and sums stay float32.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,156 +22,332 @@ namespace {
 constexpr size_t kQueries = 14, kLanes = 16, kPart = 32;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-// Keys and values of one head, laid out as above.
-struct Head {
-  float* keys;
-  float* values;
-  size_t tokens, dim;
-
-  static size_t key_floats(size_t tokens, size_t dim) { return ceil_div(tokens, 2 * kLanes) * 2 * kLanes * dim; }
-  static size_t value_floats(size_t tokens, size_t dim) { return tokens * ceil_div(dim, kPart) * kPart; }
-};
-
-struct Buffers {
-  Scratch<float> keys, values, work;
-};
-
-void store_key(const Head& head, size_t token, const float* key) {
-  float* place = head.keys + token / kLanes * kLanes * head.dim + token % kLanes;
-  for (size_t d = 0; d < head.dim; ++d) place[d * kLanes] = key[d];
-}
-
-void store_value(const Head& head, size_t token, const float* value) {
-  for (size_t d = 0; d < head.dim; d += kPart) {
-    float* place = head.values + d * head.tokens + token * kPart;
-    const size_t n = std::min(kPart, head.dim - d);
-    std::memcpy(place, value + d, n * sizeof(float));
-    std::fill(place + n, place + kPart, 0.0f);
-  }
-}
-
-void clear_padding(const Head& head) {
-  for (size_t token = head.tokens; token < ceil_div(head.tokens, 2 * kLanes) * 2 * kLanes; ++token) {
-    float* place = head.keys + token / kLanes * kLanes * head.dim + token % kLanes;
-    for (size_t d = 0; d < head.dim; ++d) place[d * kLanes] = 0;
-  }
-}
+size_t padded_tokens(size_t tokens) { return ceil_div(tokens, 2 * kLanes) * 2 * kLanes; }
 
 ZREWARD_AVX512_BEGIN
 #include "vector_math.h"
 
-// Scores of n queries, [dim][14], with two groups of sixteen keys, into [2][14][16].
-template <size_t n>
-void score(const float* queries, const float* keys, size_t dim, float* scores) {
-  __m512 left[n], right[n];
-#pragma GCC unroll 14
-  for (size_t r = 0; r < n; ++r) left[r] = right[r] = _mm512_setzero_ps();
-  const float* other = keys + dim * kLanes;
-  for (size_t d = 0; d < dim; ++d) {
-    const __m512 a = _mm512_load_ps(keys + d * kLanes), b = _mm512_load_ps(other + d * kLanes);
-#pragma GCC unroll 14
-    for (size_t r = 0; r < n; ++r) {
-      const __m512 query = _mm512_set1_ps(queries[d * kQueries + r]);
-      left[r] = _mm512_fmadd_ps(query, a, left[r]);
-      right[r] = _mm512_fmadd_ps(query, b, right[r]);
-    }
-  }
-#pragma GCC unroll 14
-  for (size_t r = 0; r < n; ++r) {
-    _mm512_store_ps(scores + r * kLanes, left[r]);
-    _mm512_store_ps(scores + (kQueries + r) * kLanes, right[r]);
-  }
-}
-
-// Sums of 32 columns of the values, weighted by n rows of scores; times one over each row's total.
-template <size_t n>
-void mix(const float* scores, const float* values, size_t tokens, const float* totals, float* out, size_t stride,
-         size_t width) {
-  __m512 left[n], right[n];
-#pragma GCC unroll 14
-  for (size_t r = 0; r < n; ++r) left[r] = right[r] = _mm512_setzero_ps();
-  for (size_t start = 0; start < tokens; start += kLanes) {
-    const float* group = scores + start * kQueries;
-    const size_t count = std::min(kLanes, tokens - start);
-    for (size_t t = 0; t < count; ++t) {
-      const __m512 a = _mm512_load_ps(values), b = _mm512_load_ps(values + kLanes);
-      values += kPart;
-#pragma GCC unroll 14
-      for (size_t r = 0; r < n; ++r) {
-        const __m512 weight = _mm512_set1_ps(group[r * kLanes + t]);
-        left[r] = _mm512_fmadd_ps(weight, a, left[r]);
-        right[r] = _mm512_fmadd_ps(weight, b, right[r]);
-      }
-    }
-  }
+// One over a row's total times its 32 sums, of which `width` are stored.
+inline void store_mixed(__m512 left, __m512 right, float total, float* out, size_t width) {
+  const __m512 inverse = _mm512_set1_ps(1 / total);
   const __mmask16 mask_left = simd::first(width), mask_right = width > kLanes ? simd::first(width - kLanes) : 0;
-#pragma GCC unroll 14
-  for (size_t r = 0; r < n; ++r) {
-    const __m512 inverse = _mm512_set1_ps(1 / totals[r]);
-    _mm512_mask_storeu_ps(out + r * stride, mask_left, _mm512_mul_ps(left[r], inverse));
-    _mm512_mask_storeu_ps(out + r * stride + kLanes, mask_right, _mm512_mul_ps(right[r], inverse));
-  }
+  _mm512_mask_storeu_ps(out, mask_left, _mm512_mul_ps(left, inverse));
+  _mm512_mask_storeu_ps(out + kLanes, mask_right, _mm512_mul_ps(right, inverse));
 }
 
-// One row of scores to e^(score − largest), of which the sum is returned. The first `seen` keys count, and `mask`
-// is added to them where it is given.
-float exponentials(float* scores, size_t seen, size_t padded, const float* mask) {
+// One row of scores, of which the first `seen` count, plus `factor` times the mask where it is given; the largest.
+inline __m512 mask_scores(float* scores, size_t seen, size_t padded, const float* mask, float factor) {
   __m512 top = _mm512_set1_ps(kNever);
   for (size_t t = 0; t < padded; t += kLanes) {
     float* place = scores + t * kQueries;
-    const __mmask16 valid = t < seen ? simd::first(seen - t) : 0;
-    __m512 value = _mm512_mask_mov_ps(_mm512_set1_ps(kNever), valid, _mm512_load_ps(place));
-    if (mask != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(valid, mask + t));
-    _mm512_store_ps(place, value);
+    __m512 value = _mm512_load_ps(place);
+    if (mask != nullptr || t + kLanes > seen) {
+      const __mmask16 valid = t < seen ? simd::first(seen - t) : 0;
+      value = _mm512_mask_mov_ps(_mm512_set1_ps(kNever), valid, value);
+      if (mask != nullptr)
+        value = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, mask + t), _mm512_set1_ps(factor), value);
+      _mm512_store_ps(place, value);
+    }
     top = _mm512_max_ps(top, value);
   }
-  const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-  __m512 sum = _mm512_setzero_ps();
-  for (size_t t = 0; t < padded; t += kLanes) {
-    float* place = scores + t * kQueries;
-    const __m512 value = simd::exp(_mm512_sub_ps(_mm512_load_ps(place), largest));
-    _mm512_store_ps(place, value);
-    sum = _mm512_add_ps(sum, value);
-  }
-  return _mm512_reduce_add_ps(sum);
+  return _mm512_set1_ps(_mm512_reduce_max_ps(top));
 }
+
+// x rotated by halves: [x₁ cos − x₂ sin, x₁ sin + x₂ cos] · factor.
+void rotate(const float* x, const float* cos, const float* sin, size_t dim, float factor, float* out) {
+  const size_t half = dim / 2;
+  for (size_t d = 0; d < half; d += 16) {
+    const __mmask16 mask = simd::first(half - d);
+    const __m512 a = _mm512_maskz_loadu_ps(mask, x + d), b = _mm512_maskz_loadu_ps(mask, x + half + d);
+    const __m512 scale = _mm512_set1_ps(factor);
+    const __m512 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, cos + d), scale);
+    const __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sin + d), scale);
+    _mm512_mask_storeu_ps(out + d, mask, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    _mm512_mask_storeu_ps(out + half + d, mask, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
+  }
+}
+
+// Factors in float32: keys [tokens / 16][dim][16], values [dim / 32][tokens][32], queries [dim][14].
+struct Float {
+  using Word = float;
+  static constexpr float kScoreFactor = 1;  // of scores in front of `exponentials`
+  static size_t key_rows(size_t dim) { return dim; }
+  static size_t value_rows(size_t tokens) { return tokens; }
+
+  static void store_key(float* keys, size_t token, const float* key, size_t dim) {
+    float* place = keys + token / kLanes * kLanes * dim + token % kLanes;
+    for (size_t d = 0; d < dim; ++d) place[d * kLanes] = key[d];
+  }
+  static void clear_key(float* keys, size_t token, size_t dim) {
+    float* place = keys + token / kLanes * kLanes * dim + token % kLanes;
+    for (size_t d = 0; d < dim; ++d) place[d * kLanes] = 0;
+  }
+  static void store_query(float* queries, size_t r, const float* query, size_t dim) {
+    for (size_t d = 0; d < dim; ++d) queries[d * kQueries + r] = query[d];
+  }
+  // Columns [first, first + width) of the values, of which row(token) tells the place.
+  template <typename Row>
+  static void store_values(float* part, size_t tokens, const Row& row, size_t first, size_t width) {
+    for (size_t t = 0; t < tokens; ++t, part += kPart) {
+      std::memcpy(part, row(t) + first, width * sizeof(float));
+      std::fill(part + width, part + kPart, 0.0f);
+    }
+  }
+
+  // Scores of n queries with two groups of sixteen keys, into [2][14][16].
+  template <size_t n>
+  static void score(const float* queries, const float* keys, size_t dim, float* scores) {
+    __m512 left[n], right[n];
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) left[r] = right[r] = _mm512_setzero_ps();
+    const float* other = keys + dim * kLanes;
+    for (size_t d = 0; d < dim; ++d) {
+      const __m512 a = _mm512_load_ps(keys + d * kLanes), b = _mm512_load_ps(other + d * kLanes);
+#pragma GCC unroll 14
+      for (size_t r = 0; r < n; ++r) {
+        const __m512 query = _mm512_set1_ps(queries[d * kQueries + r]);
+        left[r] = _mm512_fmadd_ps(query, a, left[r]);
+        right[r] = _mm512_fmadd_ps(query, b, right[r]);
+      }
+    }
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) {
+      _mm512_store_ps(scores + r * kLanes, left[r]);
+      _mm512_store_ps(scores + (kQueries + r) * kLanes, right[r]);
+    }
+  }
+
+  // One row of scores to e^(score − largest), of which the sum is returned.
+  static float exponentials(float* scores, size_t seen, size_t padded, const float* mask) {
+    const __m512 largest = mask_scores(scores, seen, padded, mask, kScoreFactor);
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t t = 0; t < padded; t += kLanes) {
+      float* place = scores + t * kQueries;
+      const __m512 value = simd::exp(_mm512_sub_ps(_mm512_load_ps(place), largest));
+      _mm512_store_ps(place, value);
+      sum = _mm512_add_ps(sum, value);
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
+
+  // Sums of 32 columns of the values, weighted by n rows of scores; times one over each row's total.
+  template <size_t n>
+  static void mix(const float* scores, const float* values, size_t tokens, const float* totals, float* out,
+                  size_t stride, size_t width) {
+    __m512 left[n], right[n];
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) left[r] = right[r] = _mm512_setzero_ps();
+    for (size_t start = 0; start < tokens; start += kLanes) {
+      const float* group = scores + start * kQueries;
+      const size_t count = std::min(kLanes, tokens - start);
+      for (size_t t = 0; t < count; ++t, values += kPart) {
+        const __m512 a = _mm512_load_ps(values), b = _mm512_load_ps(values + kLanes);
+#pragma GCC unroll 14
+        for (size_t r = 0; r < n; ++r) {
+          const __m512 weight = _mm512_set1_ps(group[r * kLanes + t]);
+          left[r] = _mm512_fmadd_ps(weight, a, left[r]);
+          right[r] = _mm512_fmadd_ps(weight, b, right[r]);
+        }
+      }
+    }
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) store_mixed(left[r], right[r], totals[r], out + r * stride, width);
+  }
+};
 
 ZREWARD_AVX512_END
 
-using Score = void (*)(const float*, const float*, size_t, float*);
-using Mix = void (*)(const float*, const float*, size_t, const float*, float*, size_t, size_t);
-template <size_t... n>
-constexpr std::array<Score, sizeof...(n)> score_table(std::index_sequence<n...>) {
-  return {score<n + 1>...};
-}
-template <size_t... n>
-constexpr std::array<Mix, sizeof...(n)> mix_table(std::index_sequence<n...>) {
-  return {mix<n + 1>...};
-}
-constexpr auto kScore = score_table(std::make_index_sequence<kQueries>());
-constexpr auto kMix = mix_table(std::make_index_sequence<kQueries>());
+ZREWARD_AVX512_BF16_BEGIN
 
-// Scores and queries of fourteen rows and one more row, in whole cache lines.
+// Factors in bfloat16, two in a word, which one vdpbf16ps multiplies and adds: keys [tokens / 16][dim / 2][16], values
+// [dim / 32][tokens / 2][32], queries [dim / 2][14]. The weights of sixteen tokens take eight words of their sixteen.
+struct Bfloat16 {
+  using Word = uint32_t;
+  static constexpr float kScoreFactor = 1.44269504f;  // scores are powers of two
+  static size_t key_rows(size_t dim) { return ceil_div(dim, 2); }
+  static size_t value_rows(size_t tokens) { return ceil_div(tokens, 2); }
+
+  // To the nearest, ties to even; a NaN stays one.
+  static uint32_t rounded(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (value != value) return bits >> 16 | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+  static uint32_t pair(const float* values, size_t index, size_t n) {
+    return rounded(values[index]) | (index + 1 < n ? rounded(values[index + 1]) << 16 : 0);
+  }
+  static void store_key(uint32_t* keys, size_t token, const float* key, size_t dim) {
+    uint32_t* place = keys + token / kLanes * kLanes * key_rows(dim) + token % kLanes;
+    for (size_t d = 0; d < dim; d += 2) place[d / 2 * kLanes] = pair(key, d, dim);
+  }
+  static void clear_key(uint32_t* keys, size_t token, size_t dim) {
+    uint32_t* place = keys + token / kLanes * kLanes * key_rows(dim) + token % kLanes;
+    for (size_t d = 0; d < key_rows(dim); ++d) place[d * kLanes] = 0;
+  }
+  static void store_query(uint32_t* queries, size_t r, const float* query, size_t dim) {
+    for (size_t d = 0; d < dim; d += 2) queries[d / 2 * kQueries + r] = pair(query, d, dim);
+  }
+  template <typename Row>
+  static void store_values(uint32_t* part, size_t tokens, const Row& row, size_t first, size_t width) {
+    auto half = [&](size_t t, size_t d) {
+      const __mmask16 mask = t < tokens && d < width ? simd::first(width - d) : __mmask16{0};
+      const __m512 values = _mm512_maskz_loadu_ps(mask, row(t < tokens ? t : 0) + first + d);
+      return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+    };
+    for (size_t t = 0; t < tokens; t += 2, part += kPart)
+      for (size_t d = 0; d < kPart; d += kLanes)
+        _mm512_store_si512(part + d, _mm512_or_si512(half(t, d), _mm512_slli_epi32(half(t + 1, d), 16)));
+  }
+
+  // sum += the two products in each lane. Inline for the same reason as in int8_linear.cpp.
+  static inline void add_products(__m512& sum, __m512i a, __m512i b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+  static inline __m512i broadcast(const void* word) {
+    int32_t bits;
+    std::memcpy(&bits, word, sizeof bits);
+    return _mm512_set1_epi32(bits);
+  }
+
+  template <size_t n>
+  static void score(const uint32_t* queries, const uint32_t* keys, size_t dim, float* scores) {
+    __m512 left[n], right[n];
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) left[r] = right[r] = _mm512_setzero_ps();
+    const size_t rows = key_rows(dim);
+    const uint32_t* other = keys + rows * kLanes;
+    for (size_t d = 0; d < rows; ++d) {
+      const __m512i a = _mm512_load_si512(keys + d * kLanes), b = _mm512_load_si512(other + d * kLanes);
+#pragma GCC unroll 14
+      for (size_t r = 0; r < n; ++r) {
+        const __m512i query = broadcast(queries + d * kQueries + r);
+        add_products(left[r], query, a);
+        add_products(right[r], query, b);
+      }
+    }
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) {
+      _mm512_store_ps(scores + r * kLanes, left[r]);
+      _mm512_store_ps(scores + (kQueries + r) * kLanes, right[r]);
+    }
+  }
+
+  // One row of scores to 2^(score − largest) in bfloat16; their sum before they were rounded.
+  static float exponentials(float* scores, size_t seen, size_t padded, const float* mask) {
+    const __m512 largest = mask_scores(scores, seen, padded, mask, kScoreFactor);
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t t = 0; t < padded; t += kLanes) {
+      float* place = scores + t * kQueries;
+      const __m512 value = simd::exp2_coarse(_mm512_sub_ps(_mm512_load_ps(place), largest));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(place), (__m256i)_mm512_cvtneps_pbh(value));
+      sum = _mm512_add_ps(sum, value);
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
+
+  template <size_t n>
+  static void mix(const float* scores, const uint32_t* values, size_t tokens, const float* totals, float* out,
+                  size_t stride, size_t width) {
+    __m512 left[n], right[n];
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) left[r] = right[r] = _mm512_setzero_ps();
+    for (size_t start = 0; start < tokens; start += kLanes) {
+      const float* group = scores + start * kQueries;
+      const size_t pairs = ceil_div(std::min(kLanes, tokens - start), 2);
+      for (size_t t = 0; t < pairs; ++t, values += kPart) {
+        const __m512i a = _mm512_load_si512(values), b = _mm512_load_si512(values + kLanes);
+#pragma GCC unroll 14
+        for (size_t r = 0; r < n; ++r) {
+          const __m512i weight = broadcast(group + r * kLanes + t);
+          add_products(left[r], weight, a);
+          add_products(right[r], weight, b);
+        }
+      }
+    }
+#pragma GCC unroll 14
+    for (size_t r = 0; r < n; ++r) store_mixed(left[r], right[r], totals[r], out + r * stride, width);
+  }
+};
+
+ZREWARD_AVX512_BF16_END
+
+// The functions for 1 … 14 queries.
+template <typename Factors>
+struct Tables {
+  using Word = typename Factors::Word;
+  using Score = void (*)(const Word*, const Word*, size_t, float*);
+  using Mix = void (*)(const float*, const Word*, size_t, const float*, float*, size_t, size_t);
+  template <size_t... n>
+  static constexpr std::array<Score, kQueries> scores(std::index_sequence<n...>) {
+    return {Factors::template score<n + 1>...};
+  }
+  template <size_t... n>
+  static constexpr std::array<Mix, kQueries> mixes(std::index_sequence<n...>) {
+    return {Factors::template mix<n + 1>...};
+  }
+  static constexpr auto kScore = scores(std::make_index_sequence<kQueries>());
+  static constexpr auto kMix = mixes(std::make_index_sequence<kQueries>());
+};
+
+// Keys and values of one head as `Factors` lays them out.
+template <typename Factors>
+struct Head {
+  using Word = typename Factors::Word;
+  Word* keys;
+  Word* values;
+  size_t tokens, dim;
+
+  static size_t key_words(size_t tokens, size_t dim) { return padded_tokens(tokens) * Factors::key_rows(dim); }
+  static size_t value_words(size_t tokens, size_t dim) {
+    return Factors::value_rows(tokens) * ceil_div(dim, kPart) * kPart;
+  }
+  const Word* key_group(size_t token) const { return keys + token * Factors::key_rows(dim); }
+  Word* value_part(size_t d) const { return values + d * Factors::value_rows(tokens); }
+
+  // Lay out all tokens; the arguments tell where the key and the value of a token lie.
+  template <typename KeyRow, typename ValueRow>
+  void store(const KeyRow& key, const ValueRow& value) const {
+    for (size_t token = 0; token < tokens; ++token) Factors::store_key(keys, token, key(token), dim);
+    for (size_t d = 0; d < dim; d += kPart)
+      Factors::store_values(value_part(d), tokens, value, d, std::min(kPart, dim - d));
+    for (size_t token = tokens; token < padded_tokens(tokens); ++token) Factors::clear_key(keys, token, dim);
+  }
+};
+
+template <typename Factors>
+struct Buffers {
+  Scratch<typename Factors::Word> keys, values, queries;
+  Scratch<float> work;
+};
+
+// Memory of one task: the scores of fourteen queries, and one row.
 size_t work_floats(size_t tokens, size_t dim) {
-  const size_t floats = kQueries * (ceil_div(tokens, 2 * kLanes) * 2 * kLanes + dim) + dim;
-  return ceil_div(floats, kLanes) * kLanes;
+  return kQueries * padded_tokens(tokens) + ceil_div(dim, kLanes) * kLanes;
+}
+template <typename Factors>
+size_t query_words(size_t dim) {
+  return ceil_div(kQueries * Factors::key_rows(dim), kLanes) * kLanes;
 }
 
-// n queries, [dim][14] in `queries`, over the first `seen` keys of a head (query r: seen − (n − 1 − r) if causal).
-void attend(const float* queries, size_t n, const Head& head, size_t seen, bool is_causal, const float* mask,
-            size_t mask_stride, float* scores, float* out, size_t out_stride) {
-  const size_t padded = ceil_div(seen, 2 * kLanes) * 2 * kLanes;
+// n queries over the first `seen` keys of a head (query r: seen − (n − 1 − r) if causal).
+template <typename Factors>
+void attend(const typename Factors::Word* queries, size_t n, const Head<Factors>& head, size_t seen, bool is_causal,
+            const float* mask, size_t mask_stride, float* scores, float* out, size_t out_stride) {
+  const size_t padded = padded_tokens(seen);
   for (size_t t = 0; t < padded; t += 2 * kLanes)
-    kScore[n - 1](queries, head.keys + t * head.dim, head.dim, scores + t * kQueries);
+    Tables<Factors>::kScore[n - 1](queries, head.key_group(t), head.dim, scores + t * kQueries);
   float totals[kQueries];
   for (size_t r = 0; r < n; ++r) {
     const size_t visible = is_causal ? seen - (n - 1 - r) : seen;
-    totals[r] = exponentials(scores + r * kLanes, visible, padded, mask ? mask + r * mask_stride : nullptr);
+    totals[r] = Factors::exponentials(scores + r * kLanes, visible, padded, mask ? mask + r * mask_stride : nullptr);
   }
   for (size_t d = 0; d < head.dim; d += kPart)
-    kMix[n - 1](scores, head.values + d * head.tokens, seen, totals, out + d, out_stride,
-                std::min(kPart, head.dim - d));
+    Tables<Factors>::kMix[n - 1](scores, head.value_part(d), seen, totals, out + d, out_stride,
+                                 std::min(kPart, head.dim - d));
 }
+
+bool rounds(const Setup& setup) { return setup.integer("bfloat16", 0) != 0 && has_bfloat16(); }
 
 // Inputs: qkv float [tokens, 3 · heads · dim], cos and sin float [tokens, …, dim / 2]. Every token sees every token.
 class RotaryAttention {
@@ -177,11 +356,16 @@ class RotaryAttention {
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
   static constexpr int kOutputs[] = {ort::kFloat};
 
-  explicit RotaryAttention(const Setup& setup) : heads_(setup.integer("heads")), scale_(setup.number("scale")) {
+  explicit RotaryAttention(const Setup& setup)
+      : heads_(setup.integer("heads")), scale_(setup.number("scale")), rounds_(rounds(setup)) {
     if (heads_ < 1) throw std::runtime_error("there must be at least one head");
   }
 
-  void run(const Context& context) const {
+  void run(const Context& context) const { rounds_ ? run_in<Bfloat16>(context) : run_in<Float>(context); }
+
+ private:
+  template <typename Factors>
+  void run_in(const Context& context) const {
     const Tensor qkv = context.input(0), cos = context.input(1), sin = context.input(2);
     const auto heads = static_cast<size_t>(heads_);
     if (qkv.shape.rank != 2 || qkv.shape[1] % (6 * heads_) != 0)
@@ -193,71 +377,77 @@ class RotaryAttention {
     float* y = context.output(0, {static_cast<int64_t>(tokens), static_cast<int64_t>(width / 3)});
     if (tokens == 0) return;
 
-    static thread_local Buffers buffers;
-    const size_t key_floats = Head::key_floats(tokens, dim), value_floats = Head::value_floats(tokens, dim);
+    static thread_local Buffers<Factors> buffers;
+    using Heads = Head<Factors>;
+    const size_t key_words = Heads::key_words(tokens, dim), value_words = Heads::value_words(tokens, dim);
     const size_t blocks = ceil_div(tokens, kQueries), work = work_floats(tokens, dim);
-    float* keys = buffers.keys.resized(heads * key_floats);
-    float* values = buffers.values.resized(heads * value_floats);
+    auto* keys = buffers.keys.resized(heads * key_words);
+    auto* values = buffers.values.resized(heads * value_words);
     // A share of a head's queries to a task: the work of a task's queries lies in the task's own memory.
     const size_t shares = std::min<size_t>(blocks, 4), n_tasks = heads * shares;
     float* memory = buffers.work.resized(n_tasks * work);
-    auto head_of = [&](size_t h) { return Head{keys + h * key_floats, values + h * value_floats, tokens, dim}; };
+    auto* query_memory = buffers.queries.resized(n_tasks * query_words<Factors>(dim));
+    auto head_of = [&](size_t h) { return Heads{keys + h * key_words, values + h * value_words, tokens, dim}; };
     auto rotated = [&](size_t token, size_t part, size_t h, float factor, float* out) {
-      const float* x = qkv.as<float>() + token * width + part * width / 3 + h * dim;
-      const float *c = cos.as<float>() + token * dim / 2, *s = sin.as<float>() + token * dim / 2;
-      for (size_t d = 0; d < dim / 2; ++d) {
-        out[d] = factor * (x[d] * c[d] - x[d + dim / 2] * s[d]);
-        out[d + dim / 2] = factor * (x[d] * s[d] + x[d + dim / 2] * c[d]);
-      }
+      rotate(qkv.as<float>() + token * width + part * width / 3 + h * dim, cos.as<float>() + token * dim / 2,
+             sin.as<float>() + token * dim / 2, dim, factor, out);
     };
     context.parallel(heads, [&](size_t h) {
-      const Head head = head_of(h);
       float* row = memory + h * shares * work;
-      for (size_t token = 0; token < tokens; ++token) {
+      auto key = [&](size_t token) -> const float* {
         rotated(token, 1, h, 1.0f, row);
-        store_key(head, token, row);
-        store_value(head, token, qkv.as<float>() + token * width + 2 * width / 3 + h * dim);
-      }
-      clear_padding(head);
+        return row;
+      };
+      auto value = [&](size_t token) { return qkv.as<float>() + token * width + 2 * width / 3 + h * dim; };
+      head_of(h).store(key, value);
     });
     context.parallel(n_tasks, [&](size_t task) {
       const size_t h = task / shares, share = task % shares;
-      float* scores = memory + task * work;
-      float* queries = scores + kQueries * ceil_div(tokens, 2 * kLanes) * 2 * kLanes;
-      float* row = queries + kQueries * dim;
+      float* row = memory + task * work;
+      float* scores = row + ceil_div(dim, kLanes) * kLanes;
+      auto* queries = query_memory + task * query_words<Factors>(dim);
       for (size_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block) {
         const size_t first = block * kQueries, n = std::min(kQueries, tokens - first);
         for (size_t r = 0; r < n; ++r) {
-          rotated(first + r, 0, h, scale_, row);
-          for (size_t d = 0; d < dim; ++d) queries[d * kQueries + r] = row[d];
+          rotated(first + r, 0, h, scale_ * Factors::kScoreFactor, row);
+          Factors::store_query(queries, r, row, dim);
         }
-        attend(queries, n, head_of(h), tokens, false, nullptr, 0, scores, y + first * width / 3 + h * dim, width / 3);
+        attend<Factors>(queries, n, head_of(h), tokens, false, nullptr, 0, scores, y + first * width / 3 + h * dim,
+                        width / 3);
       }
     });
   }
 
- private:
   int64_t heads_;
   float scale_;
+  bool rounds_;
 };
 
 // Inputs: q float [batch, tokens, query_heads · dim], k and v [batch, tokens, heads · dim], mask to be added
 // [batch or 1, 1, tokens, past + tokens], past keys and values [states, heads, past, dim], where a state serves
-// batch / states consecutive rows. Outputs: y as q, and each row's keys and values with the new ones behind. A token
-// sees the past and what stands before it.
+// batch / states consecutive rows, and keep_states. Outputs: y as q, and each row's keys and values with the new ones
+// behind unless keep_states is 0. A token sees the past and what stands before it.
 class CausalAttention {
  public:
   static constexpr const char* kName = "CausalAttention";
-  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
+                                    ort::kFloat, ort::kFloat, ort::kInt64};
   static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
 
   explicit CausalAttention(const Setup& setup)
-      : query_heads_(setup.integer("query_heads")), heads_(setup.integer("heads")), scale_(setup.number("scale")) {
+      : query_heads_(setup.integer("query_heads")),
+        heads_(setup.integer("heads")),
+        scale_(setup.number("scale")),
+        rounds_(rounds(setup)) {
     if (heads_ < 1 || query_heads_ < 1 || query_heads_ % heads_ != 0)
       throw std::runtime_error("query_heads must be a multiple of heads");
   }
 
-  void run(const Context& context) const {
+  void run(const Context& context) const { rounds_ ? run_in<Bfloat16>(context) : run_in<Float>(context); }
+
+ private:
+  template <typename Factors>
+  void run_in(const Context& context) const {
     const Tensor q = context.input(0), k = context.input(1), v = context.input(2), mask = context.input(3);
     const Tensor past_keys = context.input(4), past_values = context.input(5);
     if (q.shape.rank != 3 || past_keys.shape.rank != 4 || mask.shape.rank != 4)
@@ -279,60 +469,62 @@ class CausalAttention {
     present.sizes[0] = static_cast<int64_t>(batch);
     present.sizes[2] = static_cast<int64_t>(tokens);
     float* y = context.output(0, q.shape);
-    float* new_keys = context.output(1, present);
-    float* new_values = context.output(2, present);
+    const bool keeps = keeps_states(context.input(6));
+    float* new_keys = keeps ? context.output(1, present) : nullptr;
+    float* new_values = keeps ? context.output(2, present) : nullptr;
     if (batch * tokens == 0) return;
 
-    static thread_local Buffers buffers;
-    const size_t key_floats = Head::key_floats(tokens, dim), value_floats = Head::value_floats(tokens, dim);
+    static thread_local Buffers<Factors> buffers;
+    using Heads = Head<Factors>;
+    const size_t key_words = Heads::key_words(tokens, dim), value_words = Heads::value_words(tokens, dim);
     const size_t blocks = ceil_div(new_tokens, kQueries), work = work_floats(tokens, dim);
-    float* keys = buffers.keys.resized(batch * heads * key_floats);
-    float* values = buffers.values.resized(batch * heads * value_floats);
-    auto head_of = [&](size_t h) { return Head{keys + h * key_floats, values + h * value_floats, tokens, dim}; };
+    auto* keys = buffers.keys.resized(batch * heads * key_words);
+    auto* values = buffers.values.resized(batch * heads * value_words);
+    auto head_of = [&](size_t h) { return Heads{keys + h * key_words, values + h * value_words, tokens, dim}; };
     context.parallel(batch * heads, [&](size_t h) {
       const size_t row = h / heads, column = h % heads * dim;
-      float *all_keys = new_keys + h * tokens * dim, *all_values = new_values + h * tokens * dim;
       const size_t before = (row / rows_of_state * heads + h % heads) * past * dim;
-      std::memcpy(all_keys, past_keys.as<float>() + before, past * dim * sizeof(float));
-      std::memcpy(all_values, past_values.as<float>() + before, past * dim * sizeof(float));
-      for (size_t t = 0; t < new_tokens; ++t) {
-        const size_t at = (row * new_tokens + t) * width + column;
-        std::memcpy(all_keys + (past + t) * dim, k.as<float>() + at, dim * sizeof(float));
-        std::memcpy(all_values + (past + t) * dim, v.as<float>() + at, dim * sizeof(float));
-      }
-      if (new_tokens == 0) return;
-      const Head head = head_of(h);
-      for (size_t t = 0; t < tokens; ++t) {
-        store_key(head, t, all_keys + t * dim);
-        store_value(head, t, all_values + t * dim);
-      }
-      clear_padding(head);
+      // Where a token's row lies: in the past, or where the projection left it.
+      auto rows_of = [&](const Tensor& old, const Tensor& fresh) {
+        return [=, old = old.as<float>() + before, fresh = fresh.as<float>() + row * new_tokens * width + column](
+                   size_t t) { return t < past ? old + t * dim : fresh + (t - past) * width; };
+      };
+      const auto key = rows_of(past_keys, k), value = rows_of(past_values, v);
+      if (keeps)
+        for (size_t t = 0; t < tokens; ++t) {
+          std::memcpy(new_keys + (h * tokens + t) * dim, key(t), dim * sizeof(float));
+          std::memcpy(new_values + (h * tokens + t) * dim, value(t), dim * sizeof(float));
+        }
+      if (new_tokens != 0) head_of(h).store(key, value);
     });
 
     // Later blocks see more keys, so a task takes every n-th block of a head.
     const size_t shares = std::max<size_t>(1, std::min<size_t>(blocks, 4));
     const size_t n_tasks = new_tokens ? batch * query_heads * shares : 0;
     float* memory = buffers.work.resized(n_tasks * work);
+    auto* query_memory = buffers.queries.resized(n_tasks * query_words<Factors>(dim));
     context.parallel(n_tasks, [&](size_t task) {
       const size_t share = task % shares, h = task / shares % query_heads, row = task / shares / query_heads;
-      float* scores = memory + task * work;
-      float* queries = scores + kQueries * ceil_div(tokens, 2 * kLanes) * 2 * kLanes;
+      float* scaled = memory + task * work;
+      float* scores = scaled + ceil_div(dim, kLanes) * kLanes;
+      auto* queries = query_memory + task * query_words<Factors>(dim);
       const float* masks = mask.as<float>() + (one_mask ? 0 : row * new_tokens * tokens);
       for (size_t block = share; block < blocks; block += shares) {
         const size_t first = block * kQueries, n = std::min(kQueries, new_tokens - first);
         for (size_t r = 0; r < n; ++r) {
           const float* query = q.as<float>() + (row * new_tokens + first + r) * q_width + h * dim;
-          for (size_t d = 0; d < dim; ++d) queries[d * kQueries + r] = scale_ * query[d];
+          for (size_t d = 0; d < dim; ++d) scaled[d] = scale_ * Factors::kScoreFactor * query[d];
+          Factors::store_query(queries, r, scaled, dim);
         }
-        attend(queries, n, head_of(row * heads + h / group), past + first + n, true, masks + first * tokens, tokens,
+        attend<Factors>(queries, n, head_of(row * heads + h / group), past + first + n, true, masks + first * tokens, tokens,
                scores, y + (row * new_tokens + first) * q_width + h * dim, q_width);
       }
     });
   }
 
- private:
   int64_t query_heads_, heads_;
   float scale_;
+  bool rounds_;
 };
 
 }  // namespace

@@ -235,7 +235,7 @@ class GatedDeltaNet {
  public:
   static constexpr const char* kName = "GatedDeltaNet";
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
-                                    ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+                                    ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64};
   static constexpr int kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
 
   // Attributes: key_heads, value_heads; scale of the queries; norm_epsilon, key_epsilon.
@@ -275,8 +275,9 @@ class GatedDeltaNet {
     float* y = context.output(0, {batch, tokens, static_cast<int64_t>(sizes.values())});
     Shape conv_shape = conv_state.shape, state_shape = state.shape;
     conv_shape.sizes[0] = state_shape.sizes[0] = batch;
-    float* new_conv_state = context.output(1, conv_shape);
-    float* new_state = context.output(2, state_shape);
+    const bool keeps = keeps_states(context.input(10));
+    float* new_conv_state = keeps ? context.output(1, conv_shape) : nullptr;
+    float* new_state = keeps ? context.output(2, state_shape) : nullptr;
     context.parallel(sizes.batch * sizes.key_heads, [&](size_t task) {
       const size_t row = task / sizes.key_heads, head = task % sizes.key_heads;
       const size_t first_token = row * sizes.tokens, old_row = sizes.state_of(row), channels = sizes.channels();
@@ -288,14 +289,14 @@ class GatedDeltaNet {
                               conv_state.as<float>() + old_row * channels * kPast,
                               state.as<float>() + old_row * sizes.value_heads * matrix,
                               y + first_token * sizes.values(),
-                              new_conv_state + row * channels * kPast,
-                              new_state + row * sizes.value_heads * matrix};
+                              keeps ? new_conv_state + row * channels * kPast : nullptr,
+                              keeps ? new_state + row * sizes.value_heads * matrix : nullptr};
       run_head(sizes, sequence, head);
     });
   }
 
  private:
-  // Where the rows of one sequence begin.
+  // Where the rows of one sequence begin; the new states are null where nobody reads them.
   struct Sequence {
     const float *x, *z, *b, *a, *conv_state, *state;
     float *y, *new_conv_state, *new_state;
@@ -366,6 +367,7 @@ class GatedDeltaNet {
           gate_and_norm(out + t * sizes.values(), z + t * sizes.values(), norm_weight_.data(), value_dim, norm_epsilon_);
       }
     }
+    if (sequence.new_state == nullptr) return;
     for (size_t g = 0; g < group; ++g)
       for_slices(g, [&](float* slice, float* factor, size_t first, size_t width) {
         store_slice(slice, *factor, key_dim, value_dim, width,

@@ -36,6 +36,14 @@ void check(ort::Status* status) {
   throw std::runtime_error("ONNX Runtime refused a request of the operator");
 }
 
+bool has_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 Tensor tensor_of(const ort::Value* value) {
   Tensor tensor;
   if (value == nullptr) return tensor;
@@ -70,6 +78,14 @@ int64_t Setup::integer(const char* name) const {
   int64_t value = 0;
   check(api().attribute(info_, name, &value));
   return value;
+}
+
+int64_t Setup::integer(const char* name, int64_t otherwise) const {
+  int64_t value = 0;
+  ort::Status* status = api().attribute(info_, name, &value);
+  if (status == nullptr) return value;
+  api().release(status);
+  return otherwise;
 }
 
 float Setup::number(const char* name) const {

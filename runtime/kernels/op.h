@@ -59,6 +59,7 @@ class Setup {
  public:
   explicit Setup(const ort::KernelInfo* info) : info_(info) {}
   int64_t integer(const char* name) const;
+  int64_t integer(const char* name, int64_t otherwise) const;  // where the attribute may be missing
   float number(const char* name) const;
   // A weight. Throws where it is not known before the graph runs.
   Tensor constant(size_t index, const char* name) const;
@@ -111,6 +112,15 @@ class Scratch {
   T* data_ = nullptr;
   size_t capacity_ = 0;
 };
+
+// What the input keep_states says, a whole number: whether the new states will be read.
+inline bool keeps_states(const Tensor& flag) {
+  if (flag.shape.count() != 1) throw std::runtime_error("keep_states must be one number");
+  return *flag.as<int64_t>() != 0;
+}
+
+// Whether the processor multiplies pairs of bfloat16.
+bool has_bfloat16();
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 

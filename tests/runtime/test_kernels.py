@@ -20,6 +20,7 @@ from zreward.errors import BackendError
 from zreward.export.irtools import add_initializer
 from zreward.export.passes import attention, delta_net
 from zreward.export.passes import int8_linear as linear
+from zreward.export.passes.state_rows import KEEP_STATES
 from zreward.runtime import Scorer, kernels
 from zreward.runtime.backends import open_session
 
@@ -31,6 +32,11 @@ has_avx512 = CPUINFO.exists() and set(CPUINFO.read_text().split()) >= FEATURES
 
 needs_kernels = pytest.mark.skipif(
     kernels.compiled_library() is None, reason="the kernels were not compiled here"
+)
+
+needs_bfloat16 = pytest.mark.skipif(
+    not (CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text().split()),
+    reason="this processor has no products of bfloat16",
 )
 
 # inputs, outputs, rows: one of everything, ends of quads, panels of 14 rows and blocks of 32 outputs, real layers
@@ -69,6 +75,7 @@ def delta_net_model(key_heads: int, value_heads: int, key_dim: int, value_dim: i
         float_value("a", ["b", "s", value_heads]),
         float_value("conv_state", ["b", channels, 3]),
         float_value("state", ["b", value_heads, key_dim, value_dim]),
+        keep_states_value(),
     ]
     opsets = {"": 24, "zreward": 1, "com.microsoft": 1}
     graph = ir.Graph(sources, [], nodes=[], opset_imports=opsets, name="g")
@@ -97,18 +104,18 @@ def delta_net_model(key_heads: int, value_heads: int, key_dim: int, value_dim: i
     return with_function(model, delta_net.gated_delta_net(24, heads))
 
 
-def rotary_model(heads: int, dim: int) -> ir.Model:
+def rotary_model(heads: int, dim: int, *, bfloat16: int = 0) -> ir.Model:
     """Attention of a vision block."""
     half = [float_value(n, ["t", 1, dim // 2]) for n in ("cos", "sin")]
     sources = [float_value("qkv", ["t", 3 * heads * dim]), *half]
     graph = ir.Graph(sources, [], nodes=[], opset_imports={"": 24, "zreward": 1}, name="g")
-    attributes = {"heads": heads, "scale": dim**-0.5}
+    attributes = {"heads": heads, "scale": dim**-0.5, "bfloat16": bfloat16}
     y = float_value("y", ["t", heads * dim])
     model = finished(graph, attention.ROTARY_ATTENTION, sources, attributes, [y])
     return with_function(model, attention.rotary_attention(24, heads, dim))
 
 
-def causal_model(query_heads: int, heads: int, dim: int) -> ir.Model:
+def causal_model(query_heads: int, heads: int, dim: int, *, bfloat16: int = 0) -> ir.Model:
     """Attention of a decoder layer."""
     sources = [
         float_value("q", ["b", "s", query_heads * dim]),
@@ -117,9 +124,10 @@ def causal_model(query_heads: int, heads: int, dim: int) -> ir.Model:
         float_value("mask", ["b", 1, "s", "all"]),
         float_value("past_key", ["b", heads, "past", dim]),
         float_value("past_value", ["b", heads, "past", dim]),
+        keep_states_value(),
     ]
     graph = ir.Graph(sources, [], nodes=[], opset_imports={"": 24, "zreward": 1}, name="g")
-    attributes = {"query_heads": query_heads, "heads": heads, "scale": dim**-0.5}
+    attributes = {"query_heads": query_heads, "heads": heads, "scale": dim**-0.5, "bfloat16": bfloat16}
     outputs = [float_value("y", ["b", "s", query_heads * dim])]
     outputs += [float_value(n, ["b", heads, "all", dim]) for n in ("present_key", "present_value")]
     model = finished(graph, attention.CAUSAL_ATTENTION, sources, attributes, outputs)
@@ -133,6 +141,10 @@ def with_function(model: ir.Model, function: ir.Function) -> ir.Model:
 
 def float_value(name: str, shape: list[int | str]) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def keep_states_value() -> ir.Value:
+    return ir.Value(name=KEEP_STATES, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
 
 
 def finished(
@@ -151,11 +163,13 @@ def delta_net_inputs(model: ir.Model, batch: int, tokens: int, seed: int = 0) ->
 
 
 def random_inputs(model: ir.Model, sizes: dict[str, int], seed: int = 0) -> dict[str, Array]:
+    """Normal numbers for every input; the new states are asked for."""
     rng = np.random.default_rng(seed)
-    return {
+    feed: dict[str, Array] = {
         str(v.name): normal(rng, *(d if isinstance(d, int) else sizes[str(d)] for d in v.shape or ()))
         for v in model.graph.inputs
     }
+    return {name: np.array(1) if name == KEEP_STATES else values for name, values in feed.items()}
 
 
 def assert_close(found: dict[str, Array], expected: dict[str, Array], tolerance: float) -> None:
@@ -284,6 +298,70 @@ def test_causal_attention_equals_its_body(
         np.testing.assert_array_equal(found[f"present_{name}"], expected[f"present_{name}"])
 
 
+def as_bfloat16(values: Array) -> Array:
+    """To the nearest, ties to even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    return rounded.astype(np.uint32).view(np.float32)
+
+
+def attention_in_bfloat16(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Attention [..., S, D] of q over k, v [..., T, D] with rounded factors; `q` holds the scale."""
+    q, k, v = as_bfloat16(q * np.log2(np.e)), as_bfloat16(k), as_bfloat16(v)
+    scores = q.astype(np.float64) @ np.swapaxes(k, -1, -2) + mask * np.log2(np.e)
+    weights = np.exp2(scores - scores.max(axis=-1, keepdims=True))
+    mixed: Array = as_bfloat16(weights) @ v.astype(np.float64) / weights.sum(axis=-1, keepdims=True)
+    return mixed
+
+
+@needs_kernels
+@needs_bfloat16
+@pytest.mark.parametrize("tokens", [1, 2, 15, 33, 100])
+@pytest.mark.parametrize("heads", [(1, 2), (3, 20), (2, 64), (2, 6)], ids=str)
+def test_rotary_attention_in_bfloat16(heads: tuple[int, int], tokens: int) -> None:
+    n, dim = heads
+    model = rotary_model(n, dim, bfloat16=1)
+    feed = random_inputs(model, {"t": tokens})
+    q, k, v = (part.reshape(tokens, n, dim) for part in np.split(feed["qkv"], 3, axis=1))
+
+    def rotated(x: Array) -> Array:
+        a, b = np.split(x, 2, axis=-1)
+        cos, sin = feed["cos"], feed["sin"]
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).swapaxes(0, 1)
+
+    mixed = attention_in_bfloat16(rotated(q) * dim**-0.5, rotated(k), v.swapaxes(0, 1), np.zeros(1))
+    expected = mixed.swapaxes(0, 1).reshape(tokens, n * dim)
+    found = run_onnxruntime(model, feed, kernels=True)
+    assert_close(found, {"y": expected}, 2e-3)
+    exact = run_onnxruntime(model, feed, optimized=True)
+    assert_close(found, exact, 3e-2)
+    assert np.abs(found["y"] - exact["y"]).max() > 1e-5  # or nothing was rounded
+
+
+@needs_kernels
+@needs_bfloat16
+@pytest.mark.parametrize(("batch", "tokens", "past"), [(1, 1, 0), (2, 31, 0), (4, 14, 33), (3, 29, 2)])
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 3, 40), (8, 2, 256)], ids=str)
+def test_causal_attention_in_bfloat16(
+    heads: tuple[int, int, int], batch: int, tokens: int, past: int
+) -> None:
+    query_heads, n, dim = heads
+    model = causal_model(*heads, bfloat16=1)
+    feed = random_inputs(model, {"b": batch, "s": tokens, "past": past, "all": past + tokens})
+    found = run_onnxruntime(model, feed, kernels=True)
+    exact = run_onnxruntime(model, feed, optimized=True)
+    for name in ("present_key", "present_value"):  # states are not rounded
+        np.testing.assert_array_equal(found[name], exact[name])
+    keys, values = (
+        np.repeat(exact[name], query_heads // n, axis=1) for name in ("present_key", "present_value")
+    )
+    q = feed["q"].reshape(batch, tokens, query_heads, dim).swapaxes(1, 2) * dim**-0.5
+    unseen = np.triu(np.full((tokens, past + tokens), -np.inf), past + 1)
+    mixed = attention_in_bfloat16(q, keys, values, feed["mask"] + unseen)
+    expected = mixed.swapaxes(1, 2).reshape(batch, tokens, query_heads * dim)
+    assert_close({"y": found["y"]}, {"y": expected}, 2e-3)
+
+
 @needs_kernels
 def test_a_state_serves_several_rows() -> None:
     """Two states for six rows give what each state gives three times; kernels and bodies alike."""
@@ -291,7 +369,7 @@ def test_a_state_serves_several_rows() -> None:
     sizes = {"b": 6, "s": 5, "past": 3, "all": 8}
     for model in (mixer, causal):
         feed = random_inputs(model, sizes)
-        states = [k for k in feed if "state" in k or "past" in k]
+        states = [k for k in feed if k != KEEP_STATES and ("state" in k or "past" in k)]
         few = feed | {k: feed[k][:2] for k in states}
         many = feed | {k: np.repeat(feed[k][:2], 3, axis=0) for k in states}
         expected = run_onnxruntime(model, many, kernels=True)
@@ -301,6 +379,20 @@ def test_a_state_serves_several_rows() -> None:
         assert_close(run_onnxruntime(model, few, optimized=True), expected, 2e-5)
         with pytest.raises(Exception, match="multiple of the number of states"):
             run_onnxruntime(model, feed | {k: feed[k][:4] for k in states}, kernels=True)
+
+
+@needs_kernels
+def test_states_that_nobody_reads_are_not_written() -> None:
+    for model in (delta_net_model(1, 2, 16, 24), causal_model(4, 2, 16)):
+        feed = random_inputs(model, {"b": 2, "s": 5, "past": 3, "all": 8})
+        expected = run_onnxruntime(model, feed, kernels=True)["y"]
+        feed[KEEP_STATES] = np.array(0)
+        for kernels_run in (True, False):
+            found = run_onnxruntime(model, feed, kernels=kernels_run, outputs=["y"])["y"]
+            assert_close({"y": found}, {"y": expected}, 2e-5)
+        wrong = feed | {KEEP_STATES: np.zeros(2, dtype=np.int64)}
+        with pytest.raises(Exception, match="one number|Invalid rank"):
+            run_onnxruntime(model, wrong, kernels=True, outputs=["y"])
 
 
 @needs_kernels

@@ -75,9 +75,10 @@ def run_onnxruntime(
     *,
     optimized: bool = False,
     kernels: bool = False,
+    outputs: Sequence[str] | None = None,
     **config: str,
 ) -> Arrays:
-    """Outputs by name, from ONNX Runtime without its own simplifications unless `optimized`.
+    """Outputs by name, all or those named, from ONNX Runtime without its own simplifications unless `optimized`.
 
     `kernels` has zreward's own operators run by `zreward.runtime.kernels` instead of their bodies. `config` are
     entries of the session's configuration, with "__" for the dot in their names.
@@ -94,7 +95,7 @@ def run_onnxruntime(
     session = onnxruntime.InferenceSession(
         checked_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    names = [output.name for output in session.get_outputs()]
+    names = list(outputs) if outputs else [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
