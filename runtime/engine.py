@@ -1,15 +1,16 @@
-"""The four stages of a score, each a method: prompt prefix, vision, image prefix, questions.
+"""The five stages of a score, each a method: system text, prompt, vision, image prefix, questions.
 
-Everything before the question is shared by the four dimensions, and everything before the image by all
-candidates of a prompt. The decoder therefore runs three times, each time from the states (attention keys
-and values, convolution and DeltaNet states) that the last run left: once over system text and prompt, once
-over the image, and once over the questions of all dimensions as one right-padded batch. Its outputs are
-read at each row's last real position, which padding to the right cannot reach.
+Everything before the question is shared by the four dimensions, everything before the image by all candidates of a
+prompt, and everything before the prompt by all prompts. The decoder therefore runs four times, each time from the
+states (attention keys and values, convolution and DeltaNet states) that the last run left: over the system text, once
+for an engine; over the prompt; over the image; and over the questions of all dimensions as one right-padded batch. Its
+outputs are read at each row's last real position, which padding to the right cannot reach.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,16 +83,30 @@ class Engine:
         self._embedding = _Embedding(bundle)
         self._shares_states = all(s.shape[0] == "state_batch" for s in bundle.manifest.states)
         self._questions, self._last_index = self._padded_questions()
+        self._system: DecoderState | None = None
+        self._system_lock = threading.Lock()
 
-    def prompt_state(self, prompt: str) -> DecoderState:
-        """Run system text and prompt: one row.
+    def system_state(self) -> DecoderState:
+        """Run the text that stands in front of every prompt: one row."""
+        start = DecoderState(self._empty_states(), length=0, position=0)
+        ids = self.encoder.system_ids
+        return self._read(start, ids) if len(ids) else start
+
+    def prompt_state(self, prompt: str, system: DecoderState | None = None) -> DecoderState:
+        """Run a prompt: one row.
+
+        Args:
+            prompt: the text that images were generated from.
+            system: what `system_state` returned; by default the engine runs it once and keeps it.
 
         Raises:
             PromptError: the prompt is empty, too long, or contains control tokens.
         """
         ids = self.encoder.text_prefix_ids(prompt)
-        start = DecoderState(self._empty_states(), length=0, position=0)
-        return self._advance(start, self._embedding.rows(ids)[None], text_positions(0, len(ids)), len(ids))
+        n = len(self.encoder.system_ids)
+        if not np.array_equal(ids[:n], self.encoder.system_ids):  # the prompt merges with the text before it
+            return self._read(DecoderState(self._empty_states(), length=0, position=0), ids)
+        return self._read(system or self._kept_system_state(), ids[n:])
 
     def encode_image(self, patches: Patches) -> Floats:
         """Run the vision tower: float32 [tokens, hidden]."""
@@ -152,6 +167,18 @@ class Engine:
             for s in self.bundle.manifest.states
         )
         return 2 * row * (1 + len(self.contract.dimensions))
+
+    def _kept_system_state(self) -> DecoderState:
+        with self._system_lock:
+            if self._system is None:
+                self._system = self.system_state()
+            return self._system
+
+    def _read(self, state: DecoderState, ids: Ids) -> DecoderState:
+        """Run text after `state`."""
+        after = state.position + len(ids)
+        positions = text_positions(state.position, len(ids))
+        return self._advance(state, self._embedding.rows(ids)[None], positions, after)
 
     def _advance(
         self, state: DecoderState, embeddings: Floats, positions: Ids, next_position: int

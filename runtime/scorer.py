@@ -1,14 +1,17 @@
 """`Scorer`: prompts and images in, four distributions an image out.
 
 It decides what runs together: items of one prompt share the prompt's state (kept for the last few prompts),
-images of one size run as one batch, and a failed item is that item's error and nobody else's.
+images of one size run as one batch, and a failed item is that item's error and nobody else's. While the model works on
+one batch, threads decode and resize the images of the next.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, overload
@@ -26,6 +29,9 @@ from zreward.runtime.score import Score
 _MAX_BATCH = 8  # images decoded together, to bound memory
 _MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
 _CACHED_PROMPTS = 4
+_PREPROCESSORS = min(4, os.cpu_count() or 1)  # threads that decode and resize
+
+_CLOSED = "this Scorer is closed; open the bundle again"
 
 Pair = tuple[str, ImageInput]
 
@@ -40,6 +46,7 @@ class Scorer:
         self._engine: Engine | None = engine
         self._prompts: OrderedDict[str, DecoderState] = OrderedDict()
         self._lock = threading.Lock()
+        self._preprocessors = ThreadPoolExecutor(_PREPROCESSORS, thread_name_prefix="zreward-preprocess")
 
     @staticmethod
     def open(bundle: str | Path, *, provider: str = "auto", threads: int | None = None) -> Scorer:
@@ -65,7 +72,7 @@ class Scorer:
             UsageError: the scorer is closed.
         """
         if self._engine is None:
-            raise UsageError("this Scorer is closed; open the bundle again")
+            raise UsageError(_CLOSED)
         return self._engine
 
     @property
@@ -116,11 +123,18 @@ class Scorer:
             raise UsageError(f"errors must be 'raise' or 'return', not {errors!r}")
         if not isinstance(pairs, Sequence) or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs):
             raise UsageError("pairs must be a list of (prompt, image) tuples")
+        engine = self.engine
         results: list[Score | ZrewardError] = []
-        for start in range(0, len(pairs), _MAX_BATCH):
-            chunk = self._score_chunk(pairs[start : start + _MAX_BATCH])
+        chunks = [pairs[start : start + _MAX_BATCH] for start in range(0, len(pairs), _MAX_BATCH)]
+        ahead = self._preprocessed(engine, chunks[0]) if chunks else []
+        for index, pair_chunk in enumerate(chunks):
+            ready = ahead
+            ahead = self._preprocessed(engine, chunks[index + 1]) if index + 1 < len(chunks) else []
+            chunk = self._score_chunk(engine, pair_chunk, ready)
             failure = next((r for r in chunk if isinstance(r, ZrewardError)), None)
             if failure is not None and errors == "raise":
+                for waiting in ahead:
+                    waiting.cancel()
                 raise failure
             results.extend(chunk)
         return results
@@ -135,6 +149,7 @@ class Scorer:
         with self._lock:
             self._engine = None
             self._prompts.clear()
+        self._preprocessors.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Scorer:
         return self
@@ -144,14 +159,28 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _score_chunk(self, pairs: Sequence[Pair]) -> list[Score | ZrewardError]:
-        engine = self.engine
+    def _preprocessed(self, engine: Engine, pairs: Sequence[Pair]) -> list[Future[Patches]]:
+        """The patches of each pair's image, soon; a bad prompt is an error before its image is looked at."""
+
+        def work(prompt: str, image: ImageInput) -> Patches:
+            engine.encoder.text_prefix_ids(prompt)
+            return preprocess(image, engine.contract.image)
+
+        try:
+            return [self._preprocessors.submit(work, *pair) for pair in pairs]
+        except RuntimeError:  # another thread has closed the scorer
+            raise UsageError(_CLOSED) from None
+
+    def _score_chunk(
+        self, engine: Engine, pairs: Sequence[Pair], ready: Sequence[Future[Patches]]
+    ) -> list[Score | ZrewardError]:
         results: dict[int, Score | ZrewardError] = {}
         groups: dict[tuple[str, tuple[int, int]], list[tuple[int, Patches]]] = {}
-        for index, (prompt, image) in enumerate(pairs):
+        for index, ((prompt, _), future) in enumerate(zip(pairs, ready, strict=True)):
             try:
-                engine.encoder.text_prefix_ids(prompt)  # refuses a bad prompt; the decoder runs below
-                patches = preprocess(image, engine.contract.image)
+                patches = future.result()
+            except CancelledError:
+                raise UsageError(_CLOSED) from None
             except ZrewardError as error:
                 results[index] = error
                 continue

@@ -9,6 +9,7 @@ Training, the torch reference and the runtime all take their tokens from here.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,14 @@ class PromptEncoder:
         """
         self._check_prompt(prompt)
         return self._prefix_ids(prompt.strip())
+
+    @cached_property
+    def system_ids(self) -> Ids:
+        """Ids of the text in front of the prompt but for its last token, which may merge with a prompt, int64 [n].
+
+        The ids of a prefix begin with them, unless more of the text merges: whoever relies on it has to compare.
+        """
+        return self._ids(self._before_prompt)[:-1]
 
     def image_span_ids(self, n_tokens: int) -> Ids:
         """Ids of an image of `n_tokens` merged patches and the token that closes it, int64 [n + 1]."""

@@ -1,8 +1,8 @@
 """The token mixer of a Gated DeltaNet layer as one local function of the domain zreward.
 
     GatedDeltaNet(qkv [B, S, 2·Kh·Dk + Vh·Dv], z [B, S, Vh·Dv], b [B, S, Vh], a [B, S, Vh], conv_weight [C, 1, 4],
-                  A_log [Vh], dt_bias [Vh], norm_weight [Dv], conv_state [n, C, 3], state [n, Vh, Dk, Dv], keep_states [];
-                  key_heads Kh, value_heads Vh, scale, norm_epsilon, key_epsilon)
+                  A_log [Vh], dt_bias [Vh], norm_weight [Dv], conv_state [n, C, 3], state [n, Vh, Dk, Dv],
+                  keep_states []; key_heads Kh, value_heads Vh, scale, norm_epsilon, key_epsilon)
         -> y [B, S, Vh·Dv], conv_state [B, C, 3], state [B, Vh, Dk, Dv]
 
 with n states for B rows, which need not be written where keep_states is 0, see state_rows.py.
@@ -39,7 +39,19 @@ from zreward.export.passes.state_rows import KEEP_STATES, keep_states_input, rep
 GATED_DELTA_NET = "GatedDeltaNet"
 
 _MS = "com.microsoft"
-_INPUTS = ("qkv", "z", "b", "a", "conv_weight", "A_log", "dt_bias", "norm_weight", "conv_state", "state", KEEP_STATES)
+_INPUTS = (
+    "qkv",
+    "z",
+    "b",
+    "a",
+    "conv_weight",
+    "A_log",
+    "dt_bias",
+    "norm_weight",
+    "conv_state",
+    "state",
+    KEEP_STATES,
+)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def full_pass(engine: Engine, picture: Image.Image, dimension: int) -> NDArray[n
         "position_ids": positions[:, None],
         "last_index": np.array([len(embeddings) - 1]),
         "temperature": np.array([contract.temperatures[dimension]], dtype=np.float32),
+        "keep_states": np.array(0),
         **engine._empty_states(),
     }
     probs: NDArray[np.float64] = engine._graphs["decoder"].run(["probs"], inputs)[0][0].astype(np.float64)

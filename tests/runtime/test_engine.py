@@ -153,3 +153,38 @@ def test_a_closed_scorer_leaves_no_file_open(tiny_bundle: Path) -> None:
         scorer.score(prompt="a red fox", images=[noise(64, 64)])
         assert mapped() > before  # the embedding at least
     assert mapped() == before
+
+
+def test_the_system_text_is_read_once_and_changes_nothing(engine: Engine, tiny_bundle: Path) -> None:
+    fresh = Engine(Bundle.open(tiny_bundle), threads=1)
+    runs: list[int] = []
+    read = fresh.system_state
+    fresh.system_state = lambda: runs.append(1) or read()  # type: ignore[method-assign, func-returns-value]
+    features = fresh.encode_image(preprocess(noise(64, 64), fresh.contract.image))
+    for prompt in ("a red fox", "7 cubes", "a red fox"):
+        kept = fresh.prompt_state(prompt)
+        given = fresh.prompt_state(prompt, engine.system_state())
+        whole = engine._read(
+            DecoderState(engine._empty_states(), 0, 0), engine.encoder.text_prefix_ids(prompt)
+        )
+        assert kept.length == whole.length and kept.position == whole.position
+        for name, array in whole.arrays.items():
+            np.testing.assert_array_equal(kept.arrays[name], given.arrays[name])
+            np.testing.assert_allclose(kept.arrays[name], array, atol=1e-5)
+        expected = engine.answer(engine.image_state(whole, [features], (4, 4))).probs
+        found = fresh.answer(fresh.image_state(kept, [features], (4, 4))).probs
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert len(runs) == 1
+
+
+def test_a_prompt_that_merges_with_the_text_before_it_is_read_whole(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.prompt_state("a red fox")
+    other = engine.encoder.system_ids.copy()
+    other[-1] += 1  # as if the text ended in another token than the prefix has there
+    monkeypatch.setitem(engine.encoder.__dict__, "system_ids", other)
+    found = engine.prompt_state("a red fox")
+    assert (found.length, found.position) == (expected.length, expected.position)
+    for name, array in expected.arrays.items():
+        np.testing.assert_allclose(found.arrays[name], array, atol=1e-5)

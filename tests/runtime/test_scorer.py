@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zreward.errors import BackendError, BundleError, ImageError, PromptError, UsageError, ZrewardError
+from zreward.image import preprocess
 from zreward.runtime import Score, Scorer
 from zreward.runtime.engine import Answers, Engine
 
@@ -152,6 +154,38 @@ def test_a_small_memory_bound_splits_batches_and_changes_no_score(
     assert rows == [1, 1, 1, 1]
     for first, second in zip(together, alone, strict=True):
         assert_same(first, second)
+
+
+def test_images_of_the_next_batch_are_prepared_while_the_model_works(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, lock, all_ready = [], threading.Lock(), threading.Event()
+    prepare, encode = preprocess, Engine.encode_image
+
+    def counted(image: Any, spec: Any) -> Any:
+        result = prepare(image, spec)
+        with lock:
+            prepared.append(threading.current_thread().name)
+            if len(prepared) == 10:
+                all_ready.set()
+        return result
+
+    def waiting(engine: Engine, patches: Any) -> Any:
+        assert all_ready.wait(timeout=30), f"only {len(prepared)} of 10 images are ready"
+        return encode(engine, patches)
+
+    monkeypatch.setattr("zreward.runtime.scorer.preprocess", counted)
+    monkeypatch.setattr(Engine, "encode_image", waiting)
+    assert len(scorer.score(prompt="a red fox", images=[noise(0)] * 10)) == 10
+    assert all(name.startswith("zreward-preprocess") for name in prepared)
+
+
+def test_what_was_prepared_ahead_is_dropped_with_the_first_failure(scorer: Scorer) -> None:
+    with pytest.raises(ImageError):
+        scorer.score(prompt="a red fox", images=[b"no image", *[noise(0)] * 20])
+    assert (
+        len(scorer.score(prompt="a red fox", images=[noise(0)])) == 1
+    )  # and the next call is none the worse
 
 
 def test_an_unknown_way_to_treat_errors(scorer: Scorer) -> None:
