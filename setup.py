@@ -12,6 +12,8 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+SOURCES = ("attention", "delta_net", "int8_linear", "library", "op", "skip_norm")
+
 
 class BuildLibrary(build_ext):
     """A plain shared library, not a Python module: it has no PyInit function to export."""
@@ -22,9 +24,7 @@ class BuildLibrary(build_ext):
 
 kernels = Extension(
     "zreward.runtime.kernels._library",
-    sources=[
-        f"runtime/kernels/{name}.cpp" for name in ("attention", "delta_net", "int8_linear", "library", "op")
-    ],
+    sources=[f"runtime/kernels/{name}.cpp" for name in SOURCES],
     depends=[f"runtime/kernels/{name}.h" for name in ("avx512", "kernels", "op", "ort_abi", "vector_math")],
     extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0", "-Wno-uninitialized"],
     language="c++",

@@ -10,6 +10,7 @@ from zreward.export.graph import Graphs
 from zreward.export.passes.attention import fuse_causal_attention, fuse_rotary_attention
 from zreward.export.passes.delta_net import fuse_delta_nets
 from zreward.export.passes.quantized_products import ACCURACY_LEVEL, quantize_products_for_onnxruntime
+from zreward.export.passes.skip_norm import fuse_skip_norms
 from zreward.export.passes.weight_storage import store_weights
 from zreward.export.targets.shared import simplify
 from zreward.quant.source import QuantizedWeights
@@ -45,6 +46,7 @@ def lower_to_cpu(
     fuse_causal_attention(graphs.decoder, bfloat16=rounds)
     fuse_rotary_attention(graphs.vision, bfloat16=rounds)
     for model in (graphs.vision, graphs.decoder):
+        fuse_skip_norms(model)
         if quantized is not None:
             quantize_products_for_onnxruntime(model, quantized, accuracy_level=accuracy_level)
         store_weights(model, stored_type)

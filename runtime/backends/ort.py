@@ -29,6 +29,8 @@ class OrtSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.inter_op_num_threads = 1
+        # Threads that wait for more work would hold cores while another graph, or the caller, runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = int(threads)
         # Weights that a graph dequantizes are multiplied as floats; by default their inputs would be rounded too.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tests.support.graphs import checked_proto, normal, run_onnxruntime
 from zreward.errors import BackendError
 from zreward.export.irtools import add_initializer
-from zreward.export.passes import attention, delta_net
+from zreward.export.passes import attention, delta_net, skip_norm
 from zreward.export.passes import int8_linear as linear
 from zreward.export.passes.state_rows import KEEP_STATES
 from zreward.runtime import Scorer, kernels
@@ -360,6 +360,39 @@ def test_causal_attention_in_bfloat16(
     mixed = attention_in_bfloat16(q, keys, values, feed["mask"] + unseen)
     expected = mixed.swapaxes(1, 2).reshape(batch, tokens, query_heads * dim)
     assert_close({"y": found["y"]}, {"y": expected}, 2e-3)
+
+
+def skip_norm_model(op_type: str, width: int) -> ir.Model:
+    """A residual sum and its norm, of which both results are read."""
+    names = ["x", "skip", "weight"] + ["bias"] * (op_type == "SkipLayerNormalization")
+    shapes: dict[str, list[int | str]] = {"x": ["n", width], "skip": ["n", "width"]}
+    sources = [float_value(name, shapes.get(name, [width])) for name in names]
+    opsets = {"": 24, "zreward": 1, "com.microsoft": 1}
+    graph = ir.Graph(sources, [], nodes=[], opset_imports=opsets, name="g")
+    outputs = [float_value("y", ["n", width]), float_value("sum", ["n", width])]
+    model = finished(graph, skip_norm.NAMES[op_type], sources, {"epsilon": 1e-6}, outputs)
+    return with_function(model, skip_norm.add_norm(24, op_type))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 16), (40, 77), (5, 1024)])
+@pytest.mark.parametrize("op_type", skip_norm.NAMES)
+def test_skip_norms_equal_their_bodies(op_type: str, rows: int, width: int) -> None:
+    model = skip_norm_model(op_type, width)
+    feed = random_inputs(model, {"n": rows, "width": width})
+    feed["x"][0] *= 1e4
+    expected = run_onnxruntime(model, feed, optimized=True)
+    found = run_onnxruntime(model, feed, kernels=True)
+    np.testing.assert_array_equal(found["sum"], expected["sum"])
+    assert_close({"y": found["y"]}, {"y": expected["y"]}, 1e-5)
+    feed["x"][-1, 0] = np.nan
+    spoilt = run_onnxruntime(model, feed, kernels=True)["y"]
+    assert np.isnan(spoilt[-1]).all()
+    np.testing.assert_array_equal(spoilt[:-1], found["y"][:-1])
+    with pytest.raises(Exception, match="last axes"):
+        run_onnxruntime(model, feed | {"skip": np.zeros((rows, width + 1), np.float32)}, kernels=True)
+    with pytest.raises(Exception, match="shape of x"):
+        run_onnxruntime(model, feed | {"skip": np.zeros((2 * rows + 1, width), np.float32)}, kernels=True)
 
 
 @needs_kernels
