@@ -7,8 +7,9 @@
 
 Every system is a process of its own in an environment of its own (benchmarks/systems: each file says what it needs
 and how its system is set) and gets the same tokens, positions and pixels. `NAME=BUNDLE` is a bundle of this project,
-where NAME begins with `zreward`. `--python` names the interpreter of a family of systems, the part of a name before
-its first hyphen; the default is this one.
+where NAME begins with `zreward`. A system whose name ends in `-kept` starts from the states after the system text,
+which every prompt shares; the others read it each time. `--python` names the interpreter of a family of systems, the
+part of a name before its first hyphen; the default is this one.
 
 All systems stay loaded. A repetition runs each of them once, in turn, so that a change of the machine's speed meets
 all of them; quoted are medians, and medians of the ratios within a repetition. Timed is the work from pixels and
@@ -52,11 +53,14 @@ PROMPT = "a red fox in the snow under a full moon, watercolour"
 REFERENCE = "transformers"
 SETTLE_SECONDS = 0.3  # ONNX Runtime's threads spin for some 50 ms after a run
 PARTS = ("vision", "prefix", "suffixes", "passes")
+KEEP = "--keep-system-text"
 OPENVINO: dict[str, list[str]] = {
     "openvino-float": ["--weights", "float"],
     "openvino-int8": ["--weights", "int8"],
     "openvino-int8-passes": ["--weights", "int8", "--full-passes"],
     "openvino-int4": ["--weights", "int4"],
+    "openvino-int8-kept": ["--weights", "int8", KEEP],
+    "openvino-int4-kept": ["--weights", "int4", KEEP],
 }
 FLAGS = ("avx", "amx", "fma", "f16c", "asimd", "i8mm", "sve")  # the reported ones begin so
 
@@ -226,6 +230,7 @@ def make_job(checkpoint: Path, side: int) -> Job:
     padded = [np.pad(ids, (0, lengths.max() - len(ids)), mode="edge") for ids in encoder.question_ids]
     return Job(
         prompt=PROMPT,
+        n_system_ids=len(encoder.system_ids),
         prefix_ids=np.concatenate([text, span]),
         prefix_positions=np.concatenate(
             [text_positions(0, len(text)), image, text_positions(end, 1)], axis=1
@@ -270,7 +275,7 @@ def command_of(system: str, arguments: argparse.Namespace) -> list[str]:
     script = Path(__file__).parent / "systems" / f"{family}_worker.py"
     command = [pythons.get(family, sys.executable), str(script), "--threads", str(arguments.threads)]
     if bundle:
-        return [*command, "--bundle", bundle]
+        return [*command, "--bundle", bundle, *([KEEP] if name.endswith("-kept") else [])]
     command += ["--checkpoint", str(arguments.checkpoint)]
     if family == "openvino":
         command += ["--cache", str(arguments.cache), *OPENVINO[name]]

@@ -33,6 +33,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--group-size", type=int, default=128, help="of the dynamic quantization")
     parser.add_argument("--full-passes", action="store_true", help="share nothing between the questions")
+    parser.add_argument("--keep-system-text", action="store_true", help="start from its states")
     parser.add_argument("--convert", action="store_true", help="fill the cache and end")
     arguments = parser.parse_args()
     if arguments.convert:
@@ -95,11 +97,14 @@ def load(arguments: argparse.Namespace) -> Loaded:
     model = Model(folder, config)
     settings = {
         "weights": {"name": arguments.weights, **WEIGHTS[arguments.weights]},
+        "system text": "kept" if arguments.keep_system_text else "read each time",
         "passes": "one per question" if arguments.full_passes else "prefix once, questions as one batch",
         "threads": arguments.threads,
         "compiled": model.compiled_properties(),
     }
-    return Loaded(model.run_full_passes if arguments.full_passes else model.run_shared, settings)
+    if arguments.full_passes:
+        return Loaded(model.run_full_passes, settings)
+    return Loaded(partial(model.run_shared, keeps=arguments.keep_system_text), settings)
 
 
 class Model:
@@ -113,15 +118,25 @@ class Model:
         read_logits_at(graph)
         self._compiled = openvino.Core().compile_model(graph, "CPU", config)
         self._request = self._compiled.create_infer_request()
+        self._system: dict[str, openvino.Tensor] = {}
 
-    def run_shared(self, job: Job, parts: Parts) -> Floats:
+    def run_shared(self, job: Job, parts: Parts, *, keeps: bool) -> Floats:
+        """All questions as one batch; `keeps` starts from the states after the system text."""
         n_prefix = len(job.prefix_ids)
+        n_kept = job.n_system_ids if keeps else 0
+        if n_kept and not self._system:
+            self.read_system_text(job)
         with parts.timed("vision"):
             features = self.vision(job)
         with parts.timed("prefix"):
             embeddings = self.embed_prefix(job, features)
             self._request.reset_state()
-            self.step(embeddings, job.prefix_positions, past=0, read=np.zeros((1, 0)), source=np.zeros(1))
+            if n_kept:
+                for state in self._request.query_state():
+                    state.state = self._system[state.name]
+            positions = job.prefix_positions[:, n_kept:]
+            nothing = np.zeros((1, 0))
+            self.step(embeddings[:, n_kept:], positions, past=n_kept, read=nothing, source=np.zeros(1))
         with parts.timed("suffixes"):
             logits = self.step(
                 self.embed(job.suffix_ids),
@@ -131,6 +146,15 @@ class Model:
                 source=np.zeros(job.n_questions),
             )
         return job.probabilities(logits[:, 0, job.code_ids])
+
+    def read_system_text(self, job: Job) -> None:
+        """Run it and copy the states that it leaves."""
+        embeddings, positions = self.embed(job.prefix_ids[None]), job.prefix_positions
+        n = job.n_system_ids
+        self._request.reset_state()
+        self.step(embeddings[:, :n], positions[:, :n], past=0, read=np.zeros((1, 0)), source=np.zeros(1))
+        for state in self._request.query_state():
+            self._system[state.name] = openvino.Tensor(state.state.data.copy())
 
     def run_full_passes(self, job: Job, parts: Parts) -> Floats:
         codes = []
@@ -246,10 +270,10 @@ def convert(checkpoint: Path, cache: Path, weights: str) -> None:
             floats, compile=False, quantization_config=quantization
         )
     folder = converted(checkpoint, cache, weights)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    partial.rename(folder)
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 if __name__ == "__main__":

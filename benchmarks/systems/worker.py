@@ -32,6 +32,7 @@ class Job:
 
     Attributes:
         prompt: text that the image was generated from; `prefix_ids` contain it.
+        n_system_ids: tokens at the beginning of `prefix_ids` that every prompt shares.
         prefix_ids: [n], system text, prompt, image placeholders and the end of the image.
         prefix_positions: M-RoPE positions of them, [3, n] (time, height, width).
         suffix_ids: [dimensions, longest], one question a row, right-padded by its own last token.
@@ -46,6 +47,7 @@ class Job:
     """
 
     prompt: str
+    n_system_ids: int
     prefix_ids: Ids
     prefix_positions: Ids
     suffix_ids: Ids
@@ -65,7 +67,8 @@ class Job:
     def load(path: Path) -> Job:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-        scalars = {name: arrays.pop(name).item() for name in ("prompt", "merge_size", "image_token_id")}
+        names = ("prompt", "n_system_ids", "merge_size", "image_token_id")
+        scalars = {name: arrays.pop(name).item() for name in names}
         return Job(**arrays, **scalars)
 
     @property

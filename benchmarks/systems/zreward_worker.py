@@ -1,7 +1,8 @@
 """This project's runtime on a bundle: prompt, image and questions each run once, the questions as one batch.
 
 The environment needs `pip install -e '.[cpu]' -c constraints.txt`. The engine is given what `Scorer` gives it, so
-the time includes the prompt's tokens; it starts without a cached prompt.
+the time includes the prompt's tokens; it starts without a cached prompt. With --keep-system-text the state after the
+system text is kept from the run before, as `Scorer` keeps it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--keep-system-text", action="store_true")
     arguments = parser.parse_args()
     packages = ("zreward", "onnxruntime", "tokenizers", "numpy")
-    serve("zreward", packages, lambda: load(arguments.bundle, arguments.threads))
+    serve("zreward", packages, lambda: load(arguments.bundle, arguments.threads, arguments.keep_system_text))
 
 
-def load(path: Path, threads: int) -> Loaded:
+def load(path: Path, threads: int, keeps: bool) -> Loaded:
     bundle = Bundle.open(path)
     engine = Engine(bundle, provider="cpu", threads=threads)
 
@@ -35,7 +37,7 @@ def load(path: Path, threads: int) -> Loaded:
         with parts.timed("vision"):
             features = engine.encode_image(patches)
         with parts.timed("prefix"):
-            state = engine.prompt_state(job.prompt)
+            state = engine.prompt_state(job.prompt, None if keeps else engine.system_state())
             state = engine.image_state(state, [features], patches.token_grid)
         with parts.timed("suffixes"):
             return engine.answer(state).probs[0]
@@ -50,6 +52,7 @@ def load(path: Path, threads: int) -> Loaded:
         },
         "provider": "cpu",
         "threads": threads,
+        "system text": "kept" if keeps else "read each time",
     }
     return Loaded(run, settings, lambda job: check(engine, job))
 
