@@ -23,7 +23,8 @@ class BuildLibrary(build_ext):
 kernels = Extension(
     "zreward.runtime.kernels._library",
     sources=[
-        f"runtime/kernels/{name}.cpp" for name in ("attention", "delta_net", "int8_linear", "library", "op")
+        f"runtime/kernels/{name}.cpp"
+        for name in ("attention", "delta_net", "int8_linear", "library", "op", "peak")
     ],
     depends=[f"runtime/kernels/{name}.h" for name in ("avx512", "kernels", "op", "ort_abi", "vector_math")],
     extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0", "-Wno-uninitialized"],
