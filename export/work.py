@@ -181,10 +181,10 @@ def _patches_a_row(node: ir.Node, merged: Mapping[ir.Value, int]) -> int:
 
 def _state_products(state: ir.Value) -> int:
     """Of one token, with a state [rows, heads, key width, value width]."""
-    sizes = list(state.shape or ())[1:]
-    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):
+    sizes = [size for size in list(state.shape or ())[1:] if isinstance(size, int)]
+    if len(sizes) != 3:
         raise UncountedError(f"the shape of the state {state.name!r} is not known")
-    return _STATE_PRODUCTS * math.prod(int(size) for size in sizes)
+    return _STATE_PRODUCTS * math.prod(sizes)
 
 
 def _width(value: ir.Value) -> int:
@@ -220,4 +220,4 @@ def _is_matrix(value: ir.Value) -> bool:
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
     assert value.const_value is not None
-    return tuple(ir.Shape(value.const_value.shape).numpy())
+    return tuple(value.const_value.shape.numpy())

@@ -52,12 +52,12 @@ double rate_of(void (*steps)(Lanes*), size_t products, double seconds) {
   steps(sums);  // wakes the wide units
   size_t rounds = 0;
   const auto start = Clock::now();
-  double elapsed = 0;
-  while (elapsed < seconds) {
+  double elapsed;
+  do {
     steps(sums);
     ++rounds;
     elapsed = std::chrono::duration<double>(Clock::now() - start).count();
-  }
+  } while (elapsed < seconds);
   return static_cast<double>(rounds) * kSteps * kSums * products / elapsed;
 }
 
@@ -70,7 +70,7 @@ ZREWARD_AVX512_END
 
 }  // namespace zreward
 
-// Multiply-adds a second of the calling thread, measured for that long: of 8-bit whole numbers, and of float32.
+// Multiply-adds a second of the calling thread, measured for at least so many seconds: of 8-bit whole numbers, and of float32.
 // 0 on a processor without AVX-512 VNNI.
 extern "C" __attribute__((visibility("default"))) double zreward_peak_integer(double seconds) {
   return zreward::has_features() ? zreward::integer_rate(seconds) : 0;
