@@ -70,6 +70,12 @@ class Timing:
         return Timing(samples, **_figures(samples), operations=operations, bound_ms=bound_ms)
 
     @property
+    def quartiles(self) -> tuple[float, float]:
+        """The 25th and the 75th percentile, in milliseconds."""
+        low, high = np.percentile(self.samples_ms, (25, 75))
+        return float(low), float(high)
+
+    @property
     def share(self) -> float | None:
         """The bound as a share of the median: 1 is as fast as the machine multiplies."""
         return None if self.bound_ms is None else self.bound_ms / self.median_ms

@@ -52,7 +52,13 @@ def share(value: float | None) -> str:
 
 def stage_rows(result: Result) -> list[Row]:
     """One row for each stage; those that include others come last, see `PARTS`."""
-    return [_stage_row(STAGES[name], timing) for name, timing in _in_order(result)]
+    names = [name for name in STAGES if name in result.stages]
+    return [_stage_row(STAGES[name], result.stages[name]) for name in names]
+
+
+def timings(result: Result) -> list[Timing]:
+    """What the rows of `stage_rows` are made of."""
+    return [result.stages[name] for name in STAGES if name in result.stages]
 
 
 def stage_title(result: Result) -> str:
@@ -155,10 +161,6 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Row]) -> str:
     """A table with the first column left and the others right."""
     lines = [_line(columns), "|---|" + "---:|" * (len(columns) - 1), *map(_line, rows)]
     return "\n".join(lines)
-
-
-def _in_order(result: Result) -> list[tuple[str, Timing]]:
-    return [(name, result.stages[name]) for name in STAGES if name in result.stages]
 
 
 def _stage_row(name: str, timing: Timing) -> Row:
