@@ -10,7 +10,7 @@ from zreward.jsonfile import write_text
 from zreward.runtime.bench.compare import RULE, Change, Compared, Comparison
 from zreward.runtime.bench.report import BenchReport
 from zreward.runtime.bench.stages import STAGES
-from zreward.runtime.bench.tables import Row, markdown_table, milliseconds
+from zreward.runtime.bench.tables import Row, escaped, markdown_table, milliseconds
 
 MACHINE_COLUMNS = ("report", "zreward", "onnxruntime", "kernels", "first score", "date")
 CHANGE_COLUMNS = ("", "before", "after", "ratio", "95 %", "")
@@ -62,13 +62,13 @@ def remarks(compared: Compared) -> list[str]:
 
 def comparison_markdown(compared: Compared, reports: Sequence[BenchReport]) -> str:
     """The comparison as Markdown."""
-    parts = [f"# Benchmarks against {compared.baseline}"]
+    parts = [f"# Benchmarks against {escaped(compared.baseline)}"]
     parts.append(markdown_table(MACHINE_COLUMNS, machine_rows(compared, reports)))
     for comparison in compared.comparisons:
-        parts.append(f"## {comparison.label}")
+        parts.append(f"## {escaped(comparison.label)}")
         for heading, rows in change_sections(comparison):
             parts += [heading, markdown_table(("stage", *CHANGE_COLUMNS[1:]), rows)]
-    return "\n\n".join([*parts, *remarks(compared)]) + "\n"
+    return "\n\n".join([*parts, *map(escaped, remarks(compared))]) + "\n"
 
 
 def write_comparison_markdown(path: Path, compared: Compared, reports: Sequence[BenchReport]) -> None:

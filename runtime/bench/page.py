@@ -112,7 +112,7 @@ def _by_candidates(report: BenchReport) -> str:
 def _lines(title: str, what: str, figures: Sequence[str]) -> str:
     if not figures:
         return ""
-    how = "points are medians, upright strokes the middle half of the samples, thin lines the bounds"
+    how = "points are medians, upright strokes the middle half of the samples, dashed lines the bounds"
     return section(title, f"{what}; {how}. {_ENDS_KEY}", _grid(figures))
 
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zreward.errors import BackendError
+from zreward.errors import BackendError, BenchError
 from zreward.runtime.bench.machine import usable_cpus
 from zreward.runtime.kernels import compiled_library
 
@@ -51,6 +51,12 @@ class Rate:
     integer_gops: float | None
     float_gops: float
     method: str
+
+    def __post_init__(self) -> None:
+        if not self.float_gops > 0 or (self.integer_gops is not None and not self.integer_gops > 0):
+            raise BenchError(
+                f"the machine's rate must be positive, not {self.integer_gops} and {self.float_gops}"
+            )
 
 
 def kernels_run() -> bool:

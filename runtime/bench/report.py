@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from zreward.bundle import Bundle
-from zreward.errors import BenchError
+from zreward.errors import BenchError, UsageError
 from zreward.jsonfile import dataclass_from_json, read_json_object, write_json
 from zreward.runtime.bench.bound import Operations
 from zreward.runtime.bench.machine import Machine
@@ -113,6 +113,14 @@ class Result:
             raise BenchError(f"stages must be {', '.join(STAGES)}; found {', '.join(self.stages)}")
         if len({len(timing.samples_ms) for timing in self.stages.values()}) > 1:
             raise BenchError("its stages have different numbers of samples")
+        expected = _throughput(self.configuration, self.stages)
+        found = {"images_per_s": self.images_per_s, **self.scores_per_s}
+        if set(found) != set(expected) or any(
+            not math.isclose(found[k], v, rel_tol=1e-6) for k, v in expected.items()
+        ):
+            raise BenchError(
+                "images_per_s or scores_per_s do not follow from the samples; the file was altered"
+            )
 
     @staticmethod
     def of(
@@ -122,9 +130,9 @@ class Result:
         stages: Mapping[str, Timing],
         peak_memory_bytes: int | None,
     ) -> Result:
-        n, seen = configuration.candidates, stages["decode"].median_ms + stages["vision"].median_ms
-        scores = {name: 1e3 * n / stages[name].median_ms for name in ("new_prompt", "same_prompt")}
-        return Result(configuration, *size, tokens, stages, 1e3 * n / seen, scores, peak_memory_bytes)
+        scores = _throughput(configuration, stages)
+        images = scores.pop("images_per_s")
+        return Result(configuration, *size, tokens, stages, images, scores, peak_memory_bytes)
 
     @property
     def repetitions(self) -> int:
@@ -261,7 +269,10 @@ class BenchReport:
                 f"{where}: report version {version!r} is not supported; this zreward reads version "
                 f"{REPORT_VERSION}, so run `zreward bench` again"
             )
-        return dataclass_from_json(BenchReport, data, where, BenchError)
+        try:
+            return dataclass_from_json(BenchReport, data, where, BenchError)
+        except UsageError as cause:  # a plan that could not have been measured
+            raise BenchError(f"{where}: {cause}") from None
 
     def save(self, path: Path) -> None:
         """Write the report to `path` in one step."""
@@ -271,6 +282,13 @@ class BenchReport:
     def load(path: Path) -> BenchReport:
         """Raises BenchError: the file cannot be read, or see `from_dict`."""
         return BenchReport.from_dict(read_json_object(path, BenchError), str(path))
+
+
+def _throughput(configuration: Configuration, stages: Mapping[str, Timing]) -> dict[str, float]:
+    """`images_per_s`, and the scores in a second by their stage."""
+    n, seen = configuration.candidates, stages["decode"].median_ms + stages["vision"].median_ms
+    scores = {name: 1e3 * n / stages[name].median_ms for name in ("new_prompt", "same_prompt")}
+    return {"images_per_s": 1e3 * n / seen, **scores}
 
 
 def _figures(samples_ms: Sequence[float]) -> dict[str, float]:

@@ -90,13 +90,13 @@ def _notes(
     over = [t for t in plan.threads if t is not None and t > machine.usable_cpus]
     if over:
         notes.append(
-            f"{threads_label(max(over))} share {machine.usable_cpus} usable processors; the rate is that of "
-            f"{machine.usable_cpus}."
+            f"There are {max(over)} threads, and usable processors: {machine.usable_cpus}. The rate is that of the "
+            "processors."
         )
     if machine.load_average and machine.load_average[0] > machine.usable_cpus / 2:
         notes.append(
-            f"The machine was busy before the work: a load of {machine.load_average[0]:.1f} on "
-            f"{machine.usable_cpus} processors."
+            f"The machine was busy before the work: a load of {machine.load_average[0]:.1f}, and usable processors: "
+            f"{machine.usable_cpus}."
         )
     if bundle.manifest.work is None:
         notes.append(

@@ -139,8 +139,8 @@ def processor(machine: Machine) -> str:
 
 def markdown_report(report: BenchReport) -> str:
     """The whole report as Markdown."""
-    parts = [f"# Benchmark of {report.bundle.name}", _facts_markdown(facts(report))]
-    parts += [f"> {note}" for note in report.notes]
+    parts = [f"# Benchmark of {escaped(report.bundle.name)}", _facts_markdown(facts(report))]
+    parts += [f"> {escaped(note)}" for note in report.notes]
     parts += ["## Summary", markdown_table(SUMMARY_COLUMNS, summary_rows(report.results)), *DEFINITIONS]
     parts += ["## Start", markdown_table(START_COLUMNS, start_rows(report.sessions))]
     parts.append("## Stages")
@@ -161,6 +161,11 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Row]) -> str:
     """A table with the first column left and the others right."""
     lines = [_line(columns), "|---|" + "---:|" * (len(columns) - 1), *map(_line, rows)]
     return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """One line of Markdown that is nothing but text."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _stage_row(name: str, timing: Timing) -> Row:
@@ -187,12 +192,8 @@ def _megabytes(n_bytes: int | None) -> str:
 
 
 def _facts_markdown(found: Mapping[str, str]) -> str:
-    return "\n".join(f"- {name}: {_escaped(value)}" for name, value in found.items())
+    return "\n".join(f"- {name}: {escaped(value)}" for name, value in found.items())
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
