@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -229,6 +230,8 @@ def _check_files(*files: tuple[str, Path | None]) -> None:
             continue
         if not path.absolute().parent.is_dir():
             raise UsageError(f"{path.parent}: no such folder for {option}; create it first")
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise UsageError(f"{path.parent}: nothing can be written here for {option}")
         if path.is_dir():
             raise UsageError(f"{path}: is a folder; {option} takes the name of a file")
         if path.absolute() in seen:
