@@ -61,7 +61,7 @@ def _headline(report: BenchReport) -> str:
         [
             (
                 f"most scores a second, {escape(fastest.configuration.label)}",
-                f"{fastest.scores_per_s['same_prompt']:,.1f}",
+                tables.per_second(fastest.scores_per_s["same_prompt"]),
             ),
             ("process start to first score", f"{first.median_start('total_s'):.2f} <small>s</small>"),
             ("most memory", f"{max(peaks) / 1e6:,.0f} <small>MB</small>"),

@@ -42,6 +42,11 @@ def milliseconds(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def per_second(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
 def seconds(value: float) -> str:
     return f"{value:.2f} s"
 
@@ -88,8 +93,8 @@ def summary_rows(results: Iterable[Result]) -> list[Row]:
                 threads if one.provider == "auto" else f"{threads}, {one.provider}",
                 milliseconds(result.stages["new_prompt"].median_ms),
                 milliseconds(result.stages["same_prompt"].median_ms),
-                _rate(result.images_per_s),
-                _rate(result.scores_per_s["same_prompt"]),
+                per_second(result.images_per_s),
+                per_second(result.scores_per_s["same_prompt"]),
                 _megabytes(result.peak_memory_bytes),
             )
         )
@@ -172,10 +177,6 @@ def _stage_row(name: str, timing: Timing) -> Row:
     figures = (timing.min_ms, timing.median_ms, timing.p90_ms, timing.p99_ms, timing.max_ms, timing.iqr_ms)
     bound = "–" if timing.bound_ms is None else milliseconds(timing.bound_ms)
     return (name, *map(milliseconds, figures), bound, share(timing.share))
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _rate_text(session: Session) -> str:
