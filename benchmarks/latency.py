@@ -158,7 +158,9 @@ class Worker:
 def main() -> None:
     arguments = parse_arguments()
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine() | {"flags": cpu_flags()}  # before the work, so that the load is not our own
+    machine = asdict(describe_machine()) | {
+        "flags": cpu_flags()
+    }  # before the work, so that the load is not our own
     jobs = {size: make_job(arguments.checkpoint, size) for size in arguments.image_size}
     failures: list[str] = []
     with ExitStack() as stack:

@@ -231,6 +231,7 @@ def _draft(
         versions=versions,
         files=listed,
         quantization=lowered.quantization,
+        work=lowered.work,
     )
 
 

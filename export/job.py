@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zreward.bundle import EmbeddingInfo, StateInfo
+from zreward.bundle import EmbeddingInfo, StateInfo, Work
 
 TARGETS = ("cpu", "onnx")
 WEIGHT_TYPES = ("fp32", "fp16", "bf16")
@@ -65,10 +65,11 @@ class Lowered:
     """What was written: the decoder's states and the embedding, as the manifest lists them.
 
     `weight_bytes` are those of both graphs. `quantization` is the manifest's entry, None where no weight is
-    quantized.
+    quantized. `work` is None where it could not be counted.
     """
 
     states: tuple[StateInfo, ...]
     embedding: EmbeddingInfo
     weight_bytes: int
     quantization: Mapping[str, Any] | None = None
+    work: Work | None = None

@@ -18,6 +18,7 @@ from zreward.export.passes.state_rows import STATE_BATCH
 from zreward.export.passes.weight_storage import STORED_TYPES
 from zreward.export.storage import graph_weight_bytes, write_embedding, write_graph
 from zreward.export.targets import LOWERINGS
+from zreward.export.work import work_or_none
 from zreward.progress import Progress
 from zreward.quant.formats import open_checkpoint
 from zreward.quant.source import QuantizedCheckpoint
@@ -45,7 +46,7 @@ def lower_checkpoint(job: LoweringJob, report: Progress) -> Lowered:
         label_mass=job.label_mass,
         quantized=quantized,
     )
-    states = _states(graphs.decoder)
+    states, work = _states(graphs.decoder), work_or_none(graphs)
     report("building the graphs", 1, 1)
 
     embedding_bytes = source.info(EMBEDDING).n_bytes
@@ -61,7 +62,7 @@ def lower_checkpoint(job: LoweringJob, report: Progress) -> Lowered:
     write_graph(graphs.vision, path / "vision.onnx", wrote)
     write_graph(graphs.decoder, path / "decoder.onnx", wrote)
     embedding = write_embedding(source, path / "embedding.bin", wrote)
-    return Lowered(states, embedding, weight_bytes, quantized.summary() if quantized else None)
+    return Lowered(states, embedding, weight_bytes, quantized.summary() if quantized else None, work)
 
 
 def _quantized(source: Checkpoint, job: QuantizationJob, report: Progress) -> QuantizedCheckpoint:

@@ -8,9 +8,9 @@ alternative, and the figures behind it stand in the page's tables or captions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 
+from zreward.charts import BOTTOM, LEFT, RIGHT, TOP, number, rect, svg, text, y_axis
 from zreward.quant.drift import Example, LayerFacts
 
 Point = tuple[str, float, float]
@@ -19,69 +19,49 @@ Point = tuple[str, float, float]
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2."""
 
-_WIDTH, _LEFT, _RIGHT = 320, 38, 8  # of the small charts, in SVG units
-_TOP, _BOTTOM = 12, 28
-
-
-def number(value: float, digits: int = 3) -> str:
-    """`value` with that many significant digits and a real minus sign; small values as 2.1×10⁻⁵."""
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-4:
-        mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
-        power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"{mantissa}×10{power}".replace("-", "−")
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}".replace("-", "−")
+_WIDTH = 320  # of the small charts, in SVG units
 
 
 def distribution_chart(bins: Sequence[float], example: Example) -> str:
     """Probability of each bin, before and after side by side, with a mark at each expected score."""
     height = 150
-    floor, tallest = height - _BOTTOM, max(*example.before, *example.after)
+    floor, tallest = height - BOTTOM, max(*example.before, *example.after)
     ceiling = min(1.0, math.ceil(tallest * 10 + 0.2) / 10)
-    step = (_WIDTH - _LEFT - _RIGHT) / len(bins)
-    parts = _y_axis(floor, [0.0, ceiling / 2, ceiling], ceiling, lambda v: f"{v:.0%}")
+    step = (_WIDTH - LEFT - RIGHT) / len(bins)
+    parts = y_axis(floor, [0.0, ceiling / 2, ceiling], ceiling, lambda v: f"{v:.0%}", width=_WIDTH)
     for index, value in enumerate(bins):
-        x = _LEFT + step * index
+        x = LEFT + step * index
         for offset, probs, kind in ((0.12, example.before, "before"), (0.5, example.after, "after")):
-            tall = probs[index] / ceiling * (floor - _TOP)
-            parts.append(_bar(x + offset * step, floor - tall, 0.38 * step, tall, kind))
-        parts.append(_text(x + step / 2, floor + 20, f"{value:g}", "middle"))
+            tall = probs[index] / ceiling * (floor - TOP)
+            parts.append(rect(x + offset * step, floor - tall, 0.38 * step, tall, kind))
+        parts.append(text(x + step / 2, floor + 20, f"{value:g}", "middle"))
     means = []
     for probs, kind in ((example.before, "before"), (example.after, "after")):
         mean = sum(b * p for b, p in zip(bins, probs, strict=True))
-        x = _LEFT + step * (_bin_position(bins, mean) + 0.5)
+        x = LEFT + step * (_bin_position(bins, mean) + 0.5)
         parts.append(f'<path class="{kind} mark" d="M{x:.1f} {floor + 1} l4.5 7 h-9 z"/>')
         means.append(number(mean))
-    return _svg(_WIDTH, height, parts, f"Probability per score; mean {means[0]} before, {means[1]} after")
+    return svg(_WIDTH, height, parts, f"Probability per score; mean {means[0]} before, {means[1]} after")
 
 
 def histogram_chart(edges: Sequence[float], counts: Sequence[int], label: str) -> str:
     """Counts of Δμ; the outermost bars hold everything beyond the axis."""
     height = 130
-    floor, tallest = height - _BOTTOM, max(1, *counts)
-    parts = _y_axis(floor, [0, tallest], tallest, lambda v: f"{v:,.0f}")
-    scale = (_WIDTH - _LEFT - _RIGHT) / (edges[-1] - edges[0])
+    floor, tallest = height - BOTTOM, max(1, *counts)
+    parts = y_axis(floor, [0, tallest], tallest, lambda v: f"{v:,.0f}", width=_WIDTH)
+    scale = (_WIDTH - LEFT - RIGHT) / (edges[-1] - edges[0])
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        tall = count / tallest * (floor - _TOP)
+        tall = count / tallest * (floor - TOP)
         # A bar of one item among thousands would be thinner than a pixel.
         tall = max(tall, 1.5) if count else 0.0
-        x = _LEFT + (low - edges[0]) * scale
-        parts.append(_bar(x + 0.5, floor - tall, (high - low) * scale - 1, tall, "after"))
-    middle = _LEFT - edges[0] * scale
-    parts.append(f'<line class="zero" x1="{middle:.1f}" x2="{middle:.1f}" y1="{_TOP}" y2="{floor}"/>')
-    parts.append(_text(_LEFT, floor + 18, f"≤ {number(edges[0], 1)}", "start"))
-    parts.append(_text(middle, floor + 18, "0", "middle"))
-    parts.append(_text(_WIDTH - _RIGHT, floor + 18, f"≥ {number(edges[-1], 1)}", "end"))
-    return _svg(_WIDTH, height, parts, label)
-
-
-def bar(share: float) -> str:
-    """A horizontal bar over `share` of its table cell, marked where it exceeds 1; the next cell has the figure."""
-    width, kind = 100 * min(max(share, 0.0), 1.0), "over" if share > 1 else "after"
-    rect = f'<rect class="{kind}" width="{width:.1f}%" height="100%" rx="2"/>'
-    return f'<svg class="cell" aria-hidden="true">{rect}</svg>'
+        x = LEFT + (low - edges[0]) * scale
+        parts.append(rect(x + 0.5, floor - tall, (high - low) * scale - 1, tall, "after"))
+    middle = LEFT - edges[0] * scale
+    parts.append(f'<line class="zero" x1="{middle:.1f}" x2="{middle:.1f}" y1="{TOP}" y2="{floor}"/>')
+    parts.append(text(LEFT, floor + 18, f"≤ {number(edges[0], 1)}", "start"))
+    parts.append(text(middle, floor + 18, "0", "middle"))
+    parts.append(text(_WIDTH - RIGHT, floor + 18, f"≥ {number(edges[-1], 1)}", "end"))
+    return svg(_WIDTH, height, parts, label)
 
 
 def sensitivity(layer: LayerFacts) -> float:
@@ -109,11 +89,11 @@ def size_chart(points: Sequence[Point], current: str) -> str:
     for power in range(low, high + 1):
         y = place(start, 10.0**power)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 6, y + 4, number(10.0**power, 2 if power < -4 else 1), "end"))
+        parts.append(text(left - 6, y + 4, number(10.0**power, 2 if power < -4 else 1), "end"))
     for tick in range(start, stop + 1, max(1, (stop - start) // 8)):
-        parts.append(_text(place(tick, 1.0)[0], bottom + 18, str(tick), "middle"))
-    parts.append(_text((left + width - right) / 2, height - 6, "bits per quantized weight", "middle"))
-    parts.append(_text(left, 14, "mean KL, nats", "start"))
+        parts.append(text(place(tick, 1.0)[0], bottom + 18, str(tick), "middle"))
+    parts.append(text((left + width - right) / 2, height - 6, "bits per quantized weight", "middle"))
+    parts.append(text(left, 14, "mean KL, nats", "start"))
     # Labels may cover neither a point nor another label.
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in (place(bits, kl) for _, bits, kl in points)]
     for label, bits, kl in points:
@@ -121,7 +101,7 @@ def size_chart(points: Sequence[Point], current: str) -> str:
         kind = "after" if label == current else "open"
         parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
         parts.append(_free_label(x, y, label, width, taken))
-    return _svg(width, height, parts, "Mean KL against bits per weight; the table has the figures", "wide")
+    return svg(width, height, parts, "Mean KL against bits per weight; the table has the figures", "wide")
 
 
 def _free_label(x: float, y: float, label: str, width: int, taken: list[Box]) -> str:
@@ -141,7 +121,7 @@ def _free_label(x: float, y: float, label: str, width: int, taken: list[Box]) ->
         leader = (
             f'<path class="leader" d="M{x + 5 * reach:.1f} {y:.1f}L{x + 10 * reach:.1f} {y + shift:.1f}"/>'
         )
-    return leader + _text(x + 11 * reach, y + shift + 4, label, side, "label")
+    return leader + text(x + 11 * reach, y + shift + 4, label, side, "label")
 
 
 def _overlaps(box: Box, taken: Iterable[Box]) -> bool:
@@ -160,27 +140,3 @@ def _bin_position(bins: Sequence[float], score: float) -> float:
     """Where `score` lies among the bins, in bins from the first one."""
     index = max(i for i, b in enumerate(bins[:-1]) if i == 0 or b <= score)
     return index + (score - bins[index]) / (bins[index + 1] - bins[index])
-
-
-def _y_axis(floor: float, ticks: Iterable[float], ceiling: float, shown: Callable[[float], str]) -> list[str]:
-    parts = []
-    for tick in ticks:
-        y = floor - tick / ceiling * (floor - _TOP)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 5, y + 4, shown(tick), "end"))
-    return parts
-
-
-def _bar(x: float, y: float, width: float, height: float, kind: str) -> str:
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: int, height: int, parts: Iterable[str], label: str, kind: str = "small") -> str:
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )

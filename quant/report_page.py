@@ -1,4 +1,4 @@
-"""The drift report as one HTML page: no script, no font, nothing that is loaded from elsewhere.
+"""The drift report as one HTML page, see `zreward.page`.
 
 The page is made from the report alone (and the limits it is judged by), so it can be written again from a
 bundle's JSON. Its charts are those of `zreward.quant.report_charts`.
@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 import zreward
+from zreward.charts import cell_bar, number
 from zreward.contract import DriftLimits
 from zreward.jsonfile import write_text
 from zreward.metrics import PairShare
+from zreward.page import facts, figure, html_page, section, table
 from zreward.quant.drift import CorrelationChange, DimensionDrift, DriftReport, LayerFacts, PreferenceChange
 from zreward.quant.report import check_drift, limited_figures
 from zreward.quant.report_charts import (
     Point,
-    bar,
     distribution_chart,
     histogram_chart,
-    number,
     sensitivity,
     size_chart,
 )
@@ -47,7 +46,6 @@ def report_page(report: DriftReport, limits: DriftLimits, points: Sequence[Point
         points: models to compare by size (label, bits per weight, mean KL in nats); that of this report has its
             title as label.
     """
-    css = (resources.files("zreward") / "assets" / "drift-report.css").read_text(encoding="utf-8")
     sections = [
         _verdict(report, limits),
         _facts(report),
@@ -60,17 +58,15 @@ def report_page(report: DriftReport, limits: DriftLimits, points: Sequence[Point
         _sizes(report, points),
     ]
     title = f"Score drift: {escape(report.title)}"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{title}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{title}</h1>\n<p class="soft">{report.n_items:,} held-out images of {report.n_prompts:,} prompts, '
-        "scored before and after quantization.</p>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<footer>zreward {escape(zreward.__version__)}. Intervals: 95 %, {report.n_resamples:,} "
-        f"bootstrap draws of prompts, seed {report.seed}.</footer>\n</body>\n</html>\n"
+    body = (
+        f'<p class="soft">{report.n_items:,} held-out images of {report.n_prompts:,} prompts, '
+        "scored before and after quantization.</p>\n" + "\n".join(part for part in sections if part)
     )
+    footer = (
+        f"zreward {escape(zreward.__version__)}. Intervals: 95 %, {report.n_resamples:,} "
+        f"bootstrap draws of prompts, seed {report.seed}."
+    )
+    return html_page(title, body, footer, styles=["drift-report.css"])
 
 
 def _verdict(report: DriftReport, limits: DriftLimits) -> str:
@@ -84,18 +80,18 @@ def _verdict(report: DriftReport, limits: DriftLimits) -> str:
 
 def _facts(report: DriftReport) -> str:
     row, size = report.overall, report.size
-    facts = [
+    found = [
         ("mean KL, overall", f"{number(row.kl.mean)} <small>nats</small>"),
         ("mean |Δμ|, overall", f"{number(row.abs_difference.mean)} <small>points</small>"),
         ("pair flips, overall", _share(row.pair_flips)),
     ]
     if row.hpa:
-        facts.append(("HPA change, overall", f"{_points(row.hpa.change)} <small>points</small>"))
+        found.append(("HPA change, overall", f"{_points(row.hpa.change)} <small>points</small>"))
     if size:
-        facts.append(("quantized weights", f"{number(size.bits_per_weight, 4)} <small>bits each</small>"))
+        found.append(("quantized weights", f"{number(size.bits_per_weight, 4)} <small>bits each</small>"))
         before, after = size.weight_bytes_before / 1e6, size.weight_bytes_after / 1e6
-        facts.append(("all weights", f"{number(after)} <small>of {number(before)} MB</small>"))
-    return "<dl class=facts>" + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+        found.append(("all weights", f"{number(after)} <small>of {number(before)} MB</small>"))
+    return facts(found)
 
 
 def _limits(report: DriftReport, limits: DriftLimits) -> str:
@@ -112,14 +108,14 @@ def _limits(report: DriftReport, limits: DriftLimits) -> str:
         shown = _percent if figures[0].unit == "share" else number
         over = ' class="over"' if value > limit else ""
         rows.append(
-            f'<tr><th scope="row">{name}{bar(value / limit)}</th><td{over}>{shown(value) if known else "–"}</td>'
+            f'<tr><th scope="row">{name}{cell_bar(value / limit)}</th><td{over}>{shown(value) if known else "–"}</td>'
             f"<td>{escape(dimension)}</td><td>{shown(limit)}</td></tr>"
         )
-    return _section(
+    return section(
         "The limits",
         "For each limit of the contract, the dimension that comes closest, or the overall score. A full bar is the "
         "limit. |Δμ| is in score points, KL in nats.",
-        _table(["", "largest", "in", "limit"], rows, kind="bars"),
+        table(["", "largest", "in", "limit"], rows, kind="bars"),
     )
 
 
@@ -139,13 +135,13 @@ def _score_table(report: DriftReport) -> str:
         cells += [_share(row.pair_flips), _share(row.clear_pair_flips)]
         cells += ["–" if v is None else f"{v:.4f}" for v in (row.srcc, row.plcc)]
         rows.append(_row(report, row, cells))
-    return _section(
+    return section(
         "How far the scores moved",
         "KL is the divergence of each score distribution from the one before. μ is the expected score, Δμ its "
         "change. A flip is a pair of images of one prompt that changes its order; flips among pairs that were "
         "more than half a point apart are the ones that matter for selection. The mean Δμ, with its sign, is a "
         "shift of the whole scale, which does not change any order.",
-        _table(head, rows),
+        table(head, rows),
     )
 
 
@@ -169,13 +165,13 @@ def _agreement_table(report: DriftReport) -> str:
         cells = [*_preference(row.hpa), *_preference(row.margin_hpa)]
         cells += [_correlation(row.label_srcc), _correlation(row.label_plcc)]
         rows.append(_row(report, row, [*cells, "–" if regret is None else _signed(regret.value)]))
-    return _section(
+    return section(
         "What it means for selection",
         "HPA is the share of same-prompt pairs that are ordered as the labels order them, margin HPA the same where "
         "the labels differ by more than half a point; changes are in points (hundredths). SRCC and PLCC are the "
         "changes of the correlation with the labels. Regret is what is lost, in score points, when the quantized "
         f"model picks the best of four candidates instead of the float model. {_regret_note(overall)}",
-        _table(names, rows),
+        table(names, rows),
     )
 
 
@@ -198,8 +194,8 @@ def _distributions(report: DriftReport) -> str:
             f"KL {number(example.kl)} nats, μ {_mean(report.bins, example.before)} → "
             f"{_mean(report.bins, example.after)}"
         )
-        figures.append(_figure(distribution_chart(report.bins, example), caption))
-    return _section(
+        figures.append(figure(distribution_chart(report.bins, example), caption))
+    return section(
         "Distributions, from the typical to the worst",
         "Examples by their rank among all divergences. The triangles are the expected scores. "
         f"The worst deserve a look: is the answer still sensible, or is it another one? {_KEY}",
@@ -212,8 +208,8 @@ def _histograms(report: DriftReport) -> str:
     for row, counts in zip(report.rows, report.histogram.counts, strict=True):
         chart = histogram_chart(report.histogram.edges, counts, f"Histogram of Δμ, {row.dimension}")
         caption = f"<b>{escape(row.dimension)}</b>: mean {_signed(row.mean_difference)}, largest "
-        figures.append(_figure(chart, caption + f"{number(row.abs_difference.max)}"))
-    return _section(
+        figures.append(figure(chart, caption + f"{number(row.abs_difference.max)}"))
+    return section(
         "Change of the expected score",
         "Images by Δμ, in score points; the outermost bars hold everything beyond the axis. A narrow peak at zero "
         "is good. A peak beside zero is a shift of the scale; tall ends are images that are scored anew.",
@@ -228,9 +224,9 @@ def _layers(report: DriftReport) -> str:
     largest = max(sensitivity(layers[0]), 1e-300)
     names = ["layer", "KL, nats", "error", "bits", "format"]
     rows = [_layer(layer, largest) for layer in layers]
-    body = _table(names, rows[:_LAYERS_SHOWN], kind="bars")
+    body = table(names, rows[:_LAYERS_SHOWN], kind="bars")
     if rows[_LAYERS_SHOWN:]:
-        rest = _table(names, rows[_LAYERS_SHOWN:], kind="bars")
+        rest = table(names, rows[_LAYERS_SHOWN:], kind="bars")
         body += f"<details><summary>{len(rows) - _LAYERS_SHOWN} more layers</summary>{rest}</details>"
     measured = any(layer.sensitivity_kl is not None for layer in layers)
     how = (
@@ -239,14 +235,14 @@ def _layers(report: DriftReport) -> str:
         if measured
         else "Sensitivities were not measured; bars show the relative error of the weights."
     )
-    return _section("Layers", f"{how} Error is ‖Ŵ − W‖ / ‖W‖.", body)
+    return section("Layers", f"{how} Error is ‖Ŵ − W‖ / ‖W‖.", body)
 
 
 def _layer(layer: LayerFacts, largest: float) -> str:
     cells = ["–" if v is None else number(v) for v in (layer.sensitivity_kl, layer.relative_error)]
     name = escape(layer.name).replace(".", ".<wbr>")
     return (
-        f'<tr><th scope="row">{name}{bar(sensitivity(layer) / largest)}</th><td>{cells[0]}</td><td>{cells[1]}</td>'
+        f'<tr><th scope="row">{name}{cell_bar(sensitivity(layer) / largest)}</th><td>{cells[0]}</td><td>{cells[1]}</td>'
         f"<td>{number(layer.bits, 4)}</td><td>{escape(layer.format)}</td></tr>"
     )
 
@@ -258,39 +254,19 @@ def _sizes(report: DriftReport, points: Sequence[Point]) -> str:
         f'<tr><th scope="row">{escape(label)}</th><td>{number(bits, 4)}</td><td>{number(kl)}</td></tr>'
         for label, bits, kl in sorted(points, key=lambda p: (p[1], p[2]))
     ]
-    return _section(
+    return section(
         "Size against drift",
         "Lower is better, and so is further left: a model that is above and to the right of another one is worse in "
         "both. The filled point is the model of this report.",
         f'<div class="pair"><figure>{size_chart(points, report.title)}</figure>'
-        f"{_table(['model', 'bits', 'mean KL, nats'], rows)}</div>",
+        f"{table(['model', 'bits', 'mean KL, nats'], rows)}</div>",
     )
-
-
-def _section(title: str, text: str, body: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n<p>{text}</p>\n{body}\n</section>"
-
-
-def _table(head: str | Sequence[str], rows: Iterable[str], kind: str = "") -> str:
-    """A table that scrolls by itself where it is too wide, with the keyboard too."""
-    if not isinstance(head, str):
-        head = (
-            "<tr>"
-            + "".join(f'<th scope="col">{name}</th>' if name else "<td></td>" for name in head)
-            + "</tr>"
-        )
-    table = f'<table class="{kind}"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
-    return f'<div class="scroll" role="region" aria-label="table" tabindex="0">{table}</div>'
 
 
 def _row(report: DriftReport, row: DimensionDrift, cells: Iterable[str]) -> str:
     kind = ' class="overall"' if row is report.overall else ""
     values = "".join(f"<td>{cell}</td>" for cell in cells)
     return f'<tr{kind}><th scope="row">{escape(row.dimension)}</th>{values}</tr>'
-
-
-def _figure(chart: str, caption: str) -> str:
-    return f"<figure>{chart}<figcaption>{caption}</figcaption></figure>"
 
 
 def _preference(change: PreferenceChange | None) -> tuple[str, str]:

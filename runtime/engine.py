@@ -168,6 +168,11 @@ class Engine:
         )
         return 2 * row * (1 + len(self.contract.dimensions))
 
+    def forget_system_text(self) -> None:
+        """Drop the state after the system text; the next prompt reads it again."""
+        with self._system_lock:
+            self._system = None
+
     def _kept_system_state(self) -> DecoderState:
         with self._system_lock:
             if self._system is None:

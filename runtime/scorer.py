@@ -26,8 +26,8 @@ from zreward.image import ImageInput, Patches, preprocess
 from zreward.runtime.engine import DecoderState, Engine
 from zreward.runtime.score import Score
 
-_MAX_BATCH = 8  # images decoded together, to bound memory
-_MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
+MAX_BATCH = 8  # images decoded together, to bound memory
+MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
 _CACHED_PROMPTS = 4
 _PREPROCESSORS = min(4, os.cpu_count() or 1)  # threads that decode and resize
 
@@ -125,7 +125,7 @@ class Scorer:
             raise UsageError("pairs must be a list of (prompt, image) tuples")
         engine = self.engine
         results: list[Score | ZrewardError] = []
-        chunks = [pairs[start : start + _MAX_BATCH] for start in range(0, len(pairs), _MAX_BATCH)]
+        chunks = [pairs[start : start + MAX_BATCH] for start in range(0, len(pairs), MAX_BATCH)]
         ahead = self._preprocessed(engine, chunks[0]) if chunks else []
         for index, pair_chunk in enumerate(chunks):
             ready = ahead
@@ -200,7 +200,7 @@ class Scorer:
     ) -> list[Score | ZrewardError]:
         prompt_state = self._prompt_state(engine, prompt)
         image_bytes = engine.image_state_bytes(prompt_state, patches[0].n_tokens)
-        step = max(1, _MAX_STATE_BYTES // image_bytes)
+        step = max(1, MAX_STATE_BYTES // image_bytes)
         scores: list[Score | ZrewardError] = []
         for start in range(0, len(patches), step):
             features = [engine.encode_image(p) for p in patches[start : start + step]]

@@ -13,11 +13,23 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
+from tests.support.bench import report as bench_report
 from tests.support.broken_inputs import EXPECTED_ERRORS, N_LINES, write_job
 from zreward.commands import console
 from zreward.synthetic import DIMENSIONS, SceneConfig, write_dataset
 
-COMMANDS = ("demo", "export", "contract", "inspect", "verify", "score", "bench", "eval", "data")
+COMMANDS = (
+    "bench compare",
+    "demo",
+    "export",
+    "contract",
+    "inspect",
+    "verify",
+    "score",
+    "bench",
+    "eval",
+    "data",
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +81,23 @@ def test_every_command_explains_itself(cli: Cli, command: str) -> None:
         (["verify", "nowhere"], 1, "not a bundle"),
         (["inspect", "nowhere"], 1, "not a bundle"),
         (["bench", "nowhere", "--image-size", "big"], 2, "--image-size 'big'"),
+        (["bench", "nowhere", "--image-size", "256,"], 2, "--image-size '256,'"),
+        (["bench", "nowhere", "--image-size", "0"], 2, "must be at least 1"),
+        (["bench", "nowhere", "--image-size", "99999"], 2, "use at most 10000"),
+        (["bench", "nowhere", "--candidates", "0"], 2, "candidates must be at least 1"),
+        (["bench", "nowhere", "--threads", "0"], 2, "threads must be at least 1"),
+        (["bench", "nowhere", "--provider", "quantum"], 2, "unknown provider 'quantum'"),
+        (["bench", "nowhere", "--repetitions", "0"], 2, "use 10 or more"),
+        (["bench", "nowhere", "--min-seconds", "nan"], 2, "min-seconds must be between"),
+        (["bench", "nowhere", "--json", "none/a.json"], 2, "no such folder for --json"),
+        (["bench", "nowhere", "--html", "."], 2, "is a folder; --html takes the name of a file"),
+        (["bench", "nowhere", "--json", "a", "--markdown", "a"], 2, "name the same file"),
+        (["bench", "nowhere"], 1, "not a bundle"),
+        (["bench", "./compare"], 1, "not a bundle"),
+        (["bench", "compare"], 2, "Missing argument"),
+        (["bench", "compare", "nowhere.json"], 1, "nowhere.json: cannot be read"),
+        (["bench", "compare", "a", "b", "--threshold", "0.1"], 2, "expected a percentage such as 10%"),
+        (["bench", "compare", "a", "b", "--threshold", "much"], 2, "expected a percentage"),
         (["eval", "nowhere", "nowhere"], 2, "does not exist"),
         (["contract", "nowhere"], 1, "no such checkpoint"),
     ],
@@ -146,18 +175,56 @@ def test_contract_is_written_once(cli: Cli, tiny_checkpoint: Path, tmp_path: Pat
 
 
 def test_bench_writes_samples_machine_and_versions(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    result = cli("bench", tiny_bundle, "--image-size", "48,120", "--repetitions", "10", "--json", path)
+    names = {option: tmp_path / f"bench.{option}" for option in ("json", "markdown", "html")}
+    files = [argument for option, path in names.items() for argument in (f"--{option}", path)]
+    sweep = ["--image-size", "48,120", "--candidates", "1,3", "--threads", "1", "--separate"]
+    quick = ["--min-seconds", "0", "--starts", "1"]
+    result = cli("bench", tiny_bundle, *sweep, *quick, *files)
     assert result.returncode == 0, result.stderr
     assert widest(result.stdout) <= 80
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = json.loads(names["json"].read_text(encoding="utf-8"))
     assert report["machine"]["cpu_count"] == os.cpu_count()
     assert report["versions"]["onnxruntime"]
-    assert [entry["image_size"] for entry in report["results"]] == [48, 120]
+    found = [(r["configuration"]["image_size"], r["configuration"]["candidates"]) for r in report["results"]]
+    assert found == [(48, 1), (48, 3), (120, 1), (120, 3)]
     for stage in report["results"][0]["stages"].values():
         assert len(stage["samples_ms"]) == 10
         assert 0 < stage["min_ms"] <= stage["median_ms"] <= stage["p99_ms"] <= stage["max_ms"]
-    assert cli("bench", tiny_bundle, "--repetitions", "3").returncode == 2
+    assert names["markdown"].read_text(encoding="utf-8").startswith("# Benchmark of")
+    assert names["html"].read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_bench_compare_exits_with_1_on_a_regression(cli: Cli, tmp_path: Path) -> None:
+    for name, slower in (("before", 1.0), ("after", 1.5)):
+        bench_report((120, 240), slower=slower).save(tmp_path / f"{name}.json")
+    files = ["--json", "c.json", "--markdown", "c.md"]
+    result = cli("bench", "compare", "before.json", "after.json", *files, cwd=tmp_path)
+    assert result.returncode == 1
+    assert widest(result.stdout) <= 80
+    assert result.stdout.count("REGRESSION") == 6
+    assert "6 regressions above 10 %" in result.stdout
+    assert json.loads((tmp_path / "c.json").read_text())["n_regressions"] == 6
+    assert (tmp_path / "c.md").read_text(encoding="utf-8").count("REGRESSION") == 6
+    assert cli("bench", "compare", "after.json", "before.json", cwd=tmp_path).returncode == 0
+    loose = ["--threshold", "80%"]
+    assert cli("bench", "compare", "before.json", "after.json", *loose, cwd=tmp_path).returncode == 0
+    same = cli("bench", "compare", "before.json", "before.json", cwd=tmp_path)
+    assert same.returncode == 0
+    assert "before.json (2) against before.json" in same.stdout
+
+
+def test_bench_interrupted_leaves_nothing_and_says_130(tiny_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zreward.cli", "bench", tiny_bundle, "--json", tmp_path / "a.json"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "256×256" not in (line := process.stderr.readline()):
+        assert line, "it ended before it was interrupted"
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=30)
+    assert process.returncode == 130, talk
+    assert "Traceback" not in talk
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_eval_of_a_bundle_and_of_its_scores_agree(

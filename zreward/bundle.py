@@ -126,6 +126,40 @@ class ParityInfo:
 
 
 @dataclass(frozen=True)
+class GraphWork:
+    """Multiply-adds of one graph; a row is a patch of the vision tower or a token of the decoder.
+
+    Attributes:
+        integer_per_row: of linear layers in whole numbers of 8 bits.
+        float_per_row: of linear layers in floats.
+        recurrent_per_row: of DeltaNet states and their convolutions, in floats.
+        attention_per_pair: of attention layers, for one row that looks at one row; in floats.
+        rounded_attention_per_pair: of those that may round their factors to bfloat16.
+        head_per_sequence: of the score head, in floats.
+    """
+
+    integer_per_row: int
+    float_per_row: int
+    recurrent_per_row: int
+    attention_per_pair: int
+    rounded_attention_per_pair: int
+    head_per_sequence: int
+
+    def __post_init__(self) -> None:
+        negative = [name for name, value in dataclasses.asdict(self).items() if value < 0]
+        if negative:
+            raise BundleError(f"{negative[0]} is negative")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the graphs multiply, see `GraphWork`: the bound of what can be measured."""
+
+    vision: GraphWork
+    decoder: GraphWork
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json; docs/bundle.md explains each field."""
 
@@ -142,6 +176,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     parity: ParityInfo | None = None
     quantization: Mapping[str, Any] | None = None
+    work: Work | None = None
 
     def __post_init__(self) -> None:
         if set(self.graphs) != {"vision", "decoder"}:

@@ -9,17 +9,28 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from zreward import __version__
 from zreward.commands import bench, bundles, data, demo, evaluate, export, quantize, score
 from zreward.commands.console import say
 from zreward.errors import ZrewardError
 
+
+class _Commands(TyperGroup):
+    """Commands of two words stand beside the command of the first alone: `bench compare` beside `bench BUNDLE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words in self.commands else args)
+
+
 app = typer.Typer(
     name="zreward",
+    cls=_Commands,
     help="Deploy visual reward models: four rubric scores of an image in one look.",
     no_args_is_help=True,
     add_completion=False,
@@ -33,6 +44,7 @@ app.command("inspect")(bundles.inspect)
 app.command("verify")(bundles.verify)
 app.command("score")(score.score)
 app.command("bench")(bench.bench)
+app.command("bench compare")(bench.bench_compare)
 app.command("eval")(evaluate.evaluate)
 
 data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)

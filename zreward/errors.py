@@ -53,3 +53,7 @@ class MetricError(ZrewardError, ValueError):
 
 class QuantizationError(ZrewardError):
     """A scheme, a calibration set or a quantized weight is not usable, or the drift of the scores is too large."""
+
+
+class BenchError(ZrewardError):
+    """A report of a benchmark cannot be read, or does not fit the one that it is compared with."""

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import zreward.export.build as build_module
-import zreward.export.worker as worker_module
 from tests.support.kills import is_left, run_and_kill
 from tests.support.models import write_checkpoint
 from zreward.bundle import Bundle, check_files
@@ -270,7 +269,7 @@ def test_a_wrong_graph_is_refused_by_parity(
 def test_a_child_that_dies_is_an_error(
     checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr("zreward.child.sys.executable", "/bin/false")
     with pytest.raises(ExportError, match="builds the graphs ended with status 1"):
         export_bundle(checkpoint_path, tmp_path / "bundle", UNPROVED)
     assert list(tmp_path.iterdir()) == []

@@ -12,10 +12,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from zreward.charts import number
 from zreward.contract import DriftLimits
 from zreward.quant.drift import DriftReport, LayerFacts, SizeFacts
 from zreward.quant.report import check_drift, drift_report
-from zreward.quant.report_charts import distribution_chart, histogram_chart, number, size_chart
+from zreward.quant.report_charts import distribution_chart, histogram_chart, size_chart
 from zreward.quant.report_page import report_page, write_report_page
 
 BINS = np.arange(1.0, 5.5, 0.5)

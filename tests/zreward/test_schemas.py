@@ -18,10 +18,12 @@ from zreward.bundle import (
     EmbeddingInfo,
     FileEntry,
     GoldenInfo,
+    GraphWork,
     Manifest,
     ModelInfo,
     ParityInfo,
     StateInfo,
+    Work,
 )
 from zreward.contract import ChatTemplate, Dimension, DriftLimits, ScoreContract
 from zreward.errors import BundleError, ContractError
@@ -103,6 +105,8 @@ def test_the_schemas_are_schemas_with_a_description_of_every_property(value: Jso
         (MANIFEST["$defs"]["state"], StateInfo),
         (MANIFEST["$defs"]["file_entry"], FileEntry),
         (MANIFEST["$defs"]["parity"], ParityInfo),
+        (MANIFEST["$defs"]["work"], Work),
+        (MANIFEST["$defs"]["graph_work"], GraphWork),
     ],
 )
 def test_the_schemas_have_the_fields_of_the_dataclasses(node: Json, cls: type) -> None:
@@ -121,7 +125,8 @@ def test_the_schemas_have_the_fields_of_the_dataclasses(node: Json, cls: type) -
 def test_real_files_are_valid(contract: Json, manifest: Json) -> None:
     jsonschema.Draft202012Validator(CONTRACT).validate(contract)
     jsonschema.Draft202012Validator(MANIFEST).validate(manifest)
-    jsonschema.Draft202012Validator(MANIFEST).validate({**manifest, "parity": None})
+    jsonschema.Draft202012Validator(MANIFEST).validate({**manifest, "parity": None, "work": None})
+    jsonschema.Draft202012Validator(MANIFEST).validate({k: v for k, v in manifest.items() if k != "work"})
     jsonschema.Draft202012Validator(MANIFEST).validate({**manifest, "quantization": {"rules": []}})
     assert manifest["parity"]["n_images"] == 4
 
@@ -172,6 +177,7 @@ def _at(value: Any, place: Place) -> Any:
         (("states", 0, "shape"), ["batch", "time"]),
         (("golden", "tolerance"), 0),
         (("parity", "n_images"), 0),
+        (("work", "vision", "float_per_row"), -1),
     ],
 )
 def test_what_a_manifest_may_not_say(manifest: Json, place: Place, new: object) -> None:

@@ -1,58 +1,245 @@
-"""`zreward bench`: how long a bundle takes on this machine."""
+"""`zreward bench` and `zreward bench compare`: how long a bundle takes, and what changed."""
 
 from __future__ import annotations
 
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from zreward.commands import console
 
 if TYPE_CHECKING:
-    from zreward.runtime.bench import SizeTiming
+    from zreward.runtime.bench.compare import Compared, Comparison
+    from zreward.runtime.bench.report import BenchReport, Result
+
+T = TypeVar("T")
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write everything here, every sample included."),
+]
+MarkdownFile = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the tables here, as Markdown.")
+]
 
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     image_size: Annotated[
-        str, typer.Option(help="Sides of the square test images in pixels, separated by commas.")
+        str, typer.Option(metavar="LIST", help="Sides of the square test images in pixels.")
     ] = "256,512",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    repetitions: Annotated[int, typer.Option(help="Measured runs per size, at least 10.")] = 20,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write every sample, machine and versions here.")
+    candidates: Annotated[
+        str, typer.Option(metavar="LIST", help="Images of one prompt that are scored at once.")
+    ] = "1",
+    threads: Annotated[
+        str | None, typer.Option(metavar="LIST", help="CPU threads; without it what the backend chooses.")
+    ] = None,
+    provider: Annotated[str, typer.Option(metavar="LIST", help="Providers.")] = "auto",
+    repetitions: Annotated[
+        int, typer.Option(help="Measured runs of each configuration, 10 or more: at least these,")
+    ] = 10,
+    min_seconds: Annotated[float, typer.Option(help="and at least for so long.")] = 3.0,
+    starts: Annotated[int, typer.Option(help="Processes that are started to time a start.")] = 3,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="Also measure one full pass for each question, nothing shared.")
+    ] = False,
+    json_file: JsonFile = None,
+    markdown: MarkdownFile = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with plots here.")
     ] = None,
 ) -> None:
-    """Measure the stages of scoring one image, and all of it."""
-    from zreward.errors import UsageError
-    from zreward.jsonfile import write_json
-    from zreward.runtime import Scorer
-    from zreward.runtime.bench import run_bench
+    """Measure the stages of scoring, and all of it.
 
-    try:
-        sizes = [int(size) for size in image_size.split(",")]
-    except ValueError:
-        raise UsageError(f"--image-size {image_size!r}: expected numbers such as 256,512") from None
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UsageError(f"{json_file.parent}: no such folder for --json; create it first")
-    with Scorer.open(bundle, threads=threads) as scorer, console.progress() as progress:
-        report = run_bench(scorer, sizes, repetitions=repetitions, threads=threads, progress=progress)
-    for result in report.results:
-        print_timing(result)
+    A LIST has commas, as in 256,512: every combination is measured. `zreward bench compare` lines up what --json wrote;
+    docs/bench.md says what the figures mean.
+    """
+    from zreward.runtime.bench import BenchPlan, run_bench
+    from zreward.runtime.bench.page import write_page
+    from zreward.runtime.bench.tables import write_markdown
+
+    plan = BenchPlan(
+        image_sizes=_listed("--image-size", image_size, int, "256,512"),
+        candidates=_listed("--candidates", candidates, int, "1,4"),
+        threads=(None,) if threads is None else _listed("--threads", threads, int, "1,2"),
+        providers=_listed("--provider", provider, str, "auto,cpu"),
+        repetitions=repetitions,
+        min_seconds=min_seconds,
+        starts=starts,
+        separate=separate,
+    )
+    _check_files(("--json", json_file), ("--markdown", markdown), ("--html", html))
+    with console.progress("%") as progress:
+        report = run_bench(bundle, plan, progress)
+    _print_report(report)
     if json_file is not None:
-        write_json(json_file, report.to_dict())
-        console.say(f"samples, machine and versions are in {json_file}")
+        report.save(json_file)
+    if markdown is not None:
+        write_markdown(markdown, report)
+    if html is not None:
+        write_page(html, report)
+    _say_written(json_file, markdown, html)
 
 
-def print_timing(result: SizeTiming) -> None:
-    """The stages of one image size in milliseconds."""
-    from zreward.runtime.bench import STAGES
+def bench_compare(
+    reports: Annotated[
+        list[Path],
+        typer.Argument(metavar="REPORT.json", help="What `zreward bench --json` wrote, the baseline first."),
+    ],
+    threshold: Annotated[
+        str, typer.Option(metavar="PERCENT", help="How much slower is a regression.")
+    ] = "10%",
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Also compare other bundles and contracts.")
+    ] = False,
+    json_file: JsonFile = None,
+    markdown: MarkdownFile = None,
+) -> None:
+    """Line up reports with the first one; exit with 1 if something became slower.
 
-    title = f"{result.image_size}×{result.image_size} pixels, {result.n_tokens:,} image tokens, milliseconds"
-    table = console.plain_table("stage", "min", "median", "p90", "p99", "max", title=title)
-    for name, timing in result.stages.items():
-        if name == "new_prompt":
+    Counted are regressions end to end: slower by more than the threshold, and not within the noise.
+    """
+    from zreward.runtime.bench.compare import compare
+    from zreward.runtime.bench.comparison_tables import write_comparison_markdown
+    from zreward.runtime.bench.report import BenchReport
+
+    share = _percentage(threshold)
+    _check_files(("--json", json_file), ("--markdown", markdown))
+    loaded = [BenchReport.load(path) for path in reports]
+    compared = compare(loaded, _labels(reports), threshold=share, allow_different=allow_different)
+    _print_comparison(compared, loaded)
+    if json_file is not None:
+        compared.save(json_file)
+    if markdown is not None:
+        write_comparison_markdown(markdown, compared, loaded)
+    _say_written(json_file, markdown)
+    if compared.n_regressions:
+        raise typer.Exit(1)
+
+
+def print_stages(result: Result) -> None:
+    """The stages of one configuration in milliseconds."""
+    from zreward.runtime.bench import tables
+
+    table = console.plain_table(*tables.STAGE_COLUMNS, title=tables.stage_title(result))
+    for index, row in enumerate(tables.stage_rows(result)):
+        if index == tables.n_parts(result):
             table.add_section()
-        table.add_row(STAGES[name], *(f"{timing.percentile(q):,.1f}" for q in (0, 50, 90, 99, 100)))
+        table.add_row(*row)
     console.stdout().print(table)
+
+
+def _print_report(report: BenchReport) -> None:
+    from zreward.runtime.bench import tables
+
+    _print_facts(tables.facts(report))
+    for result in report.results:
+        print_stages(result)
+    _print_table(tables.START_COLUMNS, tables.start_rows(report.sessions))
+    _print_table(tables.SUMMARY_COLUMNS, tables.summary_rows(report.results), title="Summary")
+    for text in (*tables.DEFINITIONS, *report.notes):
+        console.stdout().print(text, markup=False)
+
+
+def _print_comparison(compared: Compared, reports: Sequence[BenchReport]) -> None:
+    from zreward.runtime.bench import comparison_tables as tables
+
+    _print_table(tables.MACHINE_COLUMNS, tables.machine_rows(compared, reports))
+    for comparison in compared.comparisons:
+        _print_changes(compared, comparison)
+    for text in tables.remarks(compared):
+        console.stdout().print(text, markup=False)
+
+
+def _print_changes(compared: Compared, comparison: Comparison) -> None:
+    from zreward.runtime.bench import comparison_tables as tables
+
+    console.stdout().print(
+        f"{comparison.label} against {compared.baseline}, medians in milliseconds", markup=False
+    )
+    for heading, rows in tables.change_sections(comparison):
+        _print_table(tables.CHANGE_COLUMNS, rows, title=heading)
+
+
+def _print_facts(found: Mapping[str, str]) -> None:
+    """Names and values, the values wrapped beside their names."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in found.items():
+        table.add_row(f"{name:<12}", Text(value))
+    console.stdout().print(table)
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    table = console.plain_table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.stdout().print(table)
+
+
+def _listed(option: str, text: str, kind: Callable[[str], T], example: str) -> tuple[T, ...]:
+    from zreward.errors import UsageError
+
+    words = [word.strip() for word in text.split(",")]
+    try:
+        if all(words):
+            return tuple(kind(word) for word in words)
+    except ValueError:
+        pass
+    what = "numbers" if kind is int else "names"
+    raise UsageError(f"{option} {text!r}: expected {what} such as {example}")
+
+
+def _percentage(text: str) -> float:
+    """`10%` or `10` as 0.1. A bare number below 1 is refused: 0.1 may be meant as a share."""
+    from zreward.errors import UsageError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+    if found is None or not math.isfinite(float(found[1])) or (not found[2] and 0 < float(found[1]) < 1):
+        raise UsageError(f"--threshold {text!r}: expected a percentage such as 10% or 2.5%")
+    return float(found[1]) / 100
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The names of the files without their suffix; where two are alike, the paths, and a number if need be."""
+    labels = [path.stem for path in paths]
+    if len(set(labels)) < len(labels):
+        labels = [str(path) for path in paths]
+    return [
+        label if label not in labels[:index] else f"{label} ({labels[: index + 1].count(label)})"
+        for index, label in enumerate(labels)
+    ]
+
+
+def _check_files(*files: tuple[str, Path | None]) -> None:
+    """Before the work: what cannot be written is a wrong call."""
+    from zreward.errors import UsageError
+
+    seen: dict[Path, str] = {}
+    for option, path in files:
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path.parent}: no such folder for {option}; create it first")
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise UsageError(f"{path.parent}: nothing can be written here for {option}")
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; {option} takes the name of a file")
+        if path.absolute() in seen:
+            raise UsageError(f"{path}: {seen[path.absolute()]} and {option} name the same file")
+        seen[path.absolute()] = option
+
+
+def _say_written(*paths: Path | None) -> None:
+    written = [str(path) for path in paths if path is not None]
+    if written:
+        console.say(f"written: {', '.join(written)}")

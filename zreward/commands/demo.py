@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zreward.commands import console
-from zreward.commands.bench import print_timing
+from zreward.commands.bench import print_stages
 from zreward.commands.export import print_bundle
 from zreward.commands.score import print_scores, ranks_from_overall
 
@@ -22,7 +22,6 @@ REFERENCE_STUDENT = Path(__file__).resolve().parent.parent / "assets" / "referen
 _SEED = 20_000  # no training or evaluation split starts here
 _PROMPTS = 2
 _CANDIDATES = 4
-_REPETITIONS = 10
 
 
 def demo(
@@ -82,11 +81,13 @@ def _score_scene(scorer: Scorer, scene: Scene, folder: Path) -> SheetPrompt:
 
 
 def _show_latency(scorer: Scorer, threads: int | None) -> None:
-    from zreward.runtime.bench import run_bench
+    from zreward.runtime.bench import BenchPlan
+    from zreward.runtime.bench.measure import measure
+    from zreward.runtime.bench.rates import measure_rate
     from zreward.synthetic import SceneConfig
 
-    sizes = [SceneConfig().size]
-    with console.progress() as progress:
-        report = run_bench(scorer, sizes, repetitions=_REPETITIONS, threads=threads, progress=progress)
-    for result in report.results:
-        print_timing(result)
+    plan = BenchPlan(image_sizes=(SceneConfig().size,), threads=(threads,), min_seconds=1)
+    with console.progress("%") as progress:
+        results = measure(scorer, plan, measure_rate(threads), progress)
+    for result in results:
+        print_stages(result)

@@ -1,0 +1,233 @@
+"""The multiply-adds of the lowered graphs, counted from their matrices; the manifest keeps them.
+
+`zreward bench` sets its measurements beside the time that the machine would need for these alone. Counted are products
+of matrices, attention, and what a DeltaNet layer does to its state and in its convolution. Norms, activations,
+rotations and look-ups are not: they are a few per cent of the operations, and a bound may be too low, not too high.
+
+An operator that may multiply matrices and is not known here is an error rather than a zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from zreward.bundle import GraphWork, Work
+from zreward.errors import ExportError
+from zreward.export.graph import Graphs
+from zreward.export.irtools import DOMAIN, input_of
+
+_ROUNDING_LEVEL = (
+    4  # accuracy_level at which MatMulNBits rounds its inputs to 8 bits, and multiplies whole numbers
+)
+_STATE_PRODUCTS = 3  # of every element of a DeltaNet state for a token: with the key, the value and the query
+_MICROSOFT = "com.microsoft"
+_PASSES_WEIGHT = ("Cast", "DequantizeLinear")
+_READS_TABLES = ("Add", "Cast", "DequantizeLinear", "Gather", "Mul")
+_COMPUTES_MORE = ("Conv", "ConvTranspose", "Einsum", "If", "Loop", "MatMulInteger", "QLinearMatMul", "Scan")
+_FREE = ("AddLayerNorm", "AddRmsNorm", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+"""Operators outside the standard ones that multiply no matrices."""
+
+_log = logging.getLogger(__name__)
+
+
+class UncountedError(ExportError):
+    """A graph has an operator whose work is not known."""
+
+
+def work_or_none(graphs: Graphs) -> Work | None:
+    """`work_of`, or None with a warning: a bundle without the count scores as well."""
+    try:
+        return work_of(graphs)
+    except UncountedError as error:
+        _log.warning("%s; benchmarks of this bundle will show no bound", error)
+        return None
+
+
+def work_of(graphs: Graphs) -> Work:
+    """Count both graphs, after they were lowered to a target.
+
+    Raises:
+        UncountedError: an operator that may multiply matrices is not known, or the shape of a matrix is not.
+    """
+    return Work(graph_work(graphs.vision), graph_work(graphs.decoder))
+
+
+def graph_work(model: ir.Model) -> GraphWork:
+    """Count one graph; errors as `work_of`."""
+    count = _Count()
+    for node in model.graph:
+        merged = _patches_a_row(node, count.merged)
+        count.merged.update(dict.fromkeys(node.outputs, merged))
+        counted = _COUNTED.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
+        if counted is not None:
+            counted(node, count)
+        else:
+            _check_free(node)
+    return GraphWork(
+        count.integer, count.floating, count.recurrent, count.attention, count.rounded_attention, count.head
+    )
+
+
+@dataclass
+class _Count:
+    """Sums so far, and how many patches of the tower one row of each value stands for, where it is not one."""
+
+    integer: int = 0
+    floating: int = 0
+    recurrent: int = 0
+    attention: int = 0
+    rounded_attention: int = 0
+    head: int = 0
+    merged: dict[ir.Value, int] = field(default_factory=dict)
+
+
+def _matmul(node: ir.Node, count: _Count) -> None:
+    count.floating += math.prod(_matrix(node, 1)) // count.merged[node.outputs[0]]
+
+
+def _int8_linear(node: ir.Node, count: _Count) -> None:
+    """Whatever the operator fuses, each of its matrices of 8-bit codes is one product."""
+    matrices = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.INT8 and _is_matrix(v)]
+    if not matrices:
+        raise UncountedError(f"{node.op_type} {node.name!r} has no matrix of 8-bit codes")
+    count.integer += sum(math.prod(_shape(v)) for v in matrices) // count.merged[node.outputs[0]]
+
+
+def _block_product(node: ir.Node, count: _Count) -> None:
+    products = math.prod(node.attributes[name].as_int() for name in "KN") // count.merged[node.outputs[0]]
+    level = node.attributes.get("accuracy_level")
+    if level is not None and level.as_int() == _ROUNDING_LEVEL:
+        count.integer += products
+    else:
+        count.floating += products
+
+
+def _attention(node: ir.Node, count: _Count) -> None:
+    queries, keys = (node.attributes[name].as_int() for name in ("q_num_heads", "kv_num_heads"))
+    count.attention += queries * sum(_width(input_of(node, i)) for i in (1, 2)) // keys
+
+
+def _rotary_attention(node: ir.Node, count: _Count) -> None:
+    _add_attention(node, count, 2 * _width(input_of(node, 0)) // 3)
+
+
+def _causal_attention(node: ir.Node, count: _Count) -> None:
+    heads = node.attributes["query_heads"].as_int()
+    _add_attention(node, count, heads * sum(_width(input_of(node, i)) for i in (4, 5)))
+
+
+def _add_attention(node: ir.Node, count: _Count, products: int) -> None:
+    if node.attributes["bfloat16"].as_int():
+        count.rounded_attention += products
+    else:
+        count.attention += products
+
+
+def _gated_delta_net(node: ir.Node, count: _Count) -> None:
+    count.recurrent += math.prod(_matrix(node, 4)) + _state_products(input_of(node, 9))
+
+
+def _linear_attention(node: ir.Node, count: _Count) -> None:
+    count.recurrent += _state_products(input_of(node, 3))
+
+
+def _convolution(node: ir.Node, count: _Count) -> None:
+    count.recurrent += math.prod(_matrix(node, 1))
+
+
+def _score_head(node: ir.Node, count: _Count) -> None:
+    matrices = [_source(v) for v in node.inputs if v is not None]
+    count.head += sum(math.prod(_shape(v)) for v in matrices if _is_matrix(v))
+
+
+_COUNTED: Mapping[tuple[str, str], Callable[[ir.Node, _Count], None]] = {
+    ("", "MatMul"): _matmul,
+    ("", "Attention"): _attention,
+    (_MICROSOFT, "MatMulNBits"): _block_product,
+    (_MICROSOFT, "MatMulBnb4"): _block_product,
+    (_MICROSOFT, "LinearAttention"): _linear_attention,
+    (_MICROSOFT, "CausalConvWithState"): _convolution,
+    (DOMAIN, "Int8Linear"): _int8_linear,
+    (DOMAIN, "GeluInt8Linear"): _int8_linear,
+    (DOMAIN, "SwiGluInt8Linear"): _int8_linear,
+    (DOMAIN, "RotaryAttention"): _rotary_attention,
+    (DOMAIN, "CausalAttention"): _causal_attention,
+    (DOMAIN, "GatedDeltaNet"): _gated_delta_net,
+    (DOMAIN, "RubricExpectation"): _score_head,
+    (DOMAIN, "LabelMass"): _score_head,
+}
+
+
+def _check_free(node: ir.Node) -> None:
+    """Refuse a node that may multiply matrices."""
+    standard = node.domain in ("", "ai.onnx")
+    has_matrix = any(v is not None and _is_matrix(v) for v in node.inputs)
+    known = node.op_type in _READS_TABLES or not has_matrix if standard else node.op_type in _FREE
+    if not known or node.op_type in _COMPUTES_MORE:
+        raise UncountedError(
+            f"the work of {node.domain or 'ai.onnx'}::{node.op_type} {node.name!r} is not known; "
+            "count it in export/work.py"
+        )
+
+
+def _patches_a_row(node: ir.Node, merged: Mapping[ir.Value, int]) -> int:
+    """How many patches a row of the node's results holds: more than one behind the merger's Reshape."""
+    rows = max((merged.get(v, 1) for v in node.inputs if v is not None), default=1)
+    if node.op_type != "Reshape":
+        return rows
+    before, after = input_of(node, 0).shape, node.outputs[0].shape
+    if before is None or after is None or len(before) != 2 or len(after) != 2:
+        return rows  # heads are parted and joined, which moves no row
+    widths = before[1], after[1]
+    if not isinstance(widths[0], int) or not isinstance(widths[1], int) or widths[1] % widths[0]:
+        return rows
+    return rows * (widths[1] // widths[0])
+
+
+def _state_products(state: ir.Value) -> int:
+    """Of one token, with a state [rows, heads, key width, value width]."""
+    sizes = [size for size in list(state.shape or ())[1:] if isinstance(size, int)]
+    if len(sizes) != 3:
+        raise UncountedError(f"the shape of the state {state.name!r} is not known")
+    return _STATE_PRODUCTS * math.prod(sizes)
+
+
+def _width(value: ir.Value) -> int:
+    """The size of the last axis; shape inference writes some as the text of a number."""
+    size = str(value.shape[-1]) if value.shape else "unknown"
+    if not size.isdecimal():
+        raise UncountedError(f"the width of {value.name!r} is not known")
+    return int(size)
+
+
+def _matrix(node: ir.Node, index: int) -> tuple[int, ...]:
+    """The shape of a weight; a product of two activations has none."""
+    weight = _source(input_of(node, index))
+    if weight.const_value is None:
+        raise UncountedError(
+            f"{node.op_type} {node.name!r} multiplies by {weight.name!r}, which is no weight"
+        )
+    return _shape(weight)
+
+
+def _source(value: ir.Value) -> ir.Value:
+    """The initializer that `value` is computed from, where it is stored in another type."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in _PASSES_WEIGHT:
+        value = input_of(producer, 0)
+        producer = value.producer()
+    return value
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    return value.const_value is not None and sum(size > 1 for size in _shape(value)) > 1
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
