@@ -83,14 +83,16 @@ class Engine:
         self._embedding = _Embedding(bundle)
         self._shares_states = all(s.shape[0] == "state_batch" for s in bundle.manifest.states)
         self._questions, self._last_index = self._padded_questions()
+        self._start = DecoderState(self._empty_states(), length=0, position=0)
+        self._system_embeddings = self._embedding.rows(self.encoder.system_ids)
         self._system: DecoderState | None = None
         self._system_lock = threading.Lock()
 
     def system_state(self) -> DecoderState:
         """Run the text that stands in front of every prompt: one row."""
-        start = DecoderState(self._empty_states(), length=0, position=0)
-        ids = self.encoder.system_ids
-        return self._read(start, ids) if len(ids) else start
+        if not len(self._system_embeddings):
+            return self._start
+        return self._read(self._start, self._system_embeddings)
 
     def prompt_state(self, prompt: str, system: DecoderState | None = None) -> DecoderState:
         """Run a prompt: one row.
@@ -105,8 +107,8 @@ class Engine:
         ids = self.encoder.text_prefix_ids(prompt)
         n = len(self.encoder.system_ids)
         if not np.array_equal(ids[:n], self.encoder.system_ids):  # the prompt merges with the text before it
-            return self._read(DecoderState(self._empty_states(), length=0, position=0), ids)
-        return self._read(system or self._kept_system_state(), ids[n:])
+            return self._read(self._start, self._embedding.rows(ids))
+        return self._read(system or self._kept_system_state(), self._embedding.rows(ids[n:]))
 
     def encode_image(self, patches: Patches) -> Floats:
         """Run the vision tower: float32 [tokens, hidden]."""
@@ -179,11 +181,10 @@ class Engine:
                 self._system = self.system_state()
             return self._system
 
-    def _read(self, state: DecoderState, ids: Ids) -> DecoderState:
-        """Run text after `state`."""
-        after = state.position + len(ids)
-        positions = text_positions(state.position, len(ids))
-        return self._advance(state, self._embedding.rows(ids)[None], positions, after)
+    def _read(self, state: DecoderState, text: Floats) -> DecoderState:
+        """Run the embeddings of text, [tokens, hidden], after `state`."""
+        positions = text_positions(state.position, len(text))
+        return self._advance(state, text[None], positions, state.position + len(text))
 
     def _advance(
         self, state: DecoderState, embeddings: Floats, positions: Ids, next_position: int

@@ -135,10 +135,12 @@ inline void add_products(__m512i& sum, __m512i unsigned_bytes, __m512i signed_by
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
 
-// The product of `n` rows of a panel and a block of 32 outputs, of which `width` are stored.
+// The product of `n` rows of a panel and a block of 32 outputs, of which `width` are stored. Meanwhile a line of memory
+// is fetched for every four inputs, from `ahead` on in steps of `step` bytes.
 template <size_t n>
-void multiply(const int8_t* rows, const uint8_t* block, size_t quads, const int32_t* sums, const float* row_scales,
-              const float* scales, const float* bias, float* y, size_t stride, size_t width) {
+void multiply(const int8_t* rows, const uint8_t* block, const uint8_t* ahead, size_t step, size_t quads,
+              const int32_t* sums, const float* row_scales, const float* scales, const float* bias, float* y,
+              size_t stride, size_t width) {
   __m512i left[n], right[n];
 #pragma GCC unroll 14
   for (size_t r = 0; r < n; ++r) left[r] = right[r] = _mm512_setzero_si512();
@@ -152,6 +154,8 @@ void multiply(const int8_t* rows, const uint8_t* block, size_t quads, const int3
       add_products(left[r], weights_left, row);
       add_products(right[r], weights_right, row);
     }
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+    ahead += step;
     rows += 4 * kRows;
     block += 4 * kColumns;
   }
@@ -172,8 +176,8 @@ void multiply(const int8_t* rows, const uint8_t* block, size_t quads, const int3
 
 ZREWARD_AVX512_END
 
-using Multiply = void (*)(const int8_t*, const uint8_t*, size_t, const int32_t*, const float*, const float*,
-                          const float*, float*, size_t, size_t);
+using Multiply = void (*)(const int8_t*, const uint8_t*, const uint8_t*, size_t, size_t, const int32_t*, const float*,
+                          const float*, const float*, float*, size_t, size_t);
 template <size_t... n>
 constexpr std::array<Multiply, sizeof...(n)> multiply_table(std::index_sequence<n...>) {
   return {multiply<n + 1>...};
@@ -192,10 +196,14 @@ void multiply_all(const Context& context, const Rows& rows, size_t n_rows, const
     for (size_t start = 0; start < panels; start += chunk) {
       for (size_t block = first; block < last; ++block) {
         const size_t column = block * kColumns;
+        // The first two panels fetch the two halves of the next block, which may lie in main memory.
+        const uint8_t* next = weights.block(std::min(block + 1, last - 1));
         for (size_t panel = start; panel < std::min(panels, start + chunk); ++panel) {
           const size_t row = panel * kRows, n = std::min(kRows, n_rows - row);
-          kMultiply[n - 1](rows.codes + panel * panel_bytes, weights.block(block), weights.quads, rows.sums + row,
-                           rows.scales + row, weights.scales + column, bias ? bias + column : nullptr,
+          const size_t half = panel - start;
+          kMultiply[n - 1](rows.codes + panel * panel_bytes, weights.block(block),
+                           half < 2 ? next + half * weights.quads * 64 : next, half < 2 ? 64 : 0, weights.quads,
+                           rows.sums + row, rows.scales + row, weights.scales + column, bias ? bias + column : nullptr,
                            y + row * weights.outputs + column, weights.outputs,
                            std::min(kColumns, weights.outputs - column));
         }

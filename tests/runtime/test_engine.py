@@ -164,9 +164,8 @@ def test_the_system_text_is_read_once_and_changes_nothing(engine: Engine, tiny_b
     for prompt in ("a red fox", "7 cubes", "a red fox"):
         kept = fresh.prompt_state(prompt)
         given = fresh.prompt_state(prompt, engine.system_state())
-        whole = engine._read(
-            DecoderState(engine._empty_states(), 0, 0), engine.encoder.text_prefix_ids(prompt)
-        )
+        ids = engine.encoder.text_prefix_ids(prompt)
+        whole = engine._read(DecoderState(engine._empty_states(), 0, 0), engine._embedding.rows(ids))
         assert kept.length == whole.length and kept.position == whole.position
         for name, array in whole.arrays.items():
             np.testing.assert_array_equal(kept.arrays[name], given.arrays[name])
