@@ -69,7 +69,13 @@ def graph_work(model: ir.Model) -> GraphWork:
         else:
             _check_free(node)
     return GraphWork(
-        count.integer, count.floating, count.recurrent, count.attention, count.rounded_attention, count.head
+        integer_per_row=count.integer,
+        float_per_row=count.floating,
+        recurrent_per_row=count.recurrent,
+        attention_per_pair=count.attention,
+        rounded_attention_per_pair=count.rounded_attention,
+        integer_per_sequence=count.last_integer,
+        float_per_sequence=count.last_floating,
     )
 
 
@@ -82,12 +88,27 @@ class _Count:
     recurrent: int = 0
     attention: int = 0
     rounded_attention: int = 0
-    head: int = 0
+    last_integer: int = 0
+    last_floating: int = 0
     merged: dict[ir.Value, int] = field(default_factory=dict)
+
+    def add_linear(self, node: ir.Node, products: int, *, integer: bool) -> None:
+        """A linear layer: of every row, of every few rows, or of the one position that the head reads."""
+        shape = node.outputs[0].shape
+        is_last = shape is not None and len(shape) == 3 and shape[1] == 1
+        products //= self.merged[node.outputs[0]]
+        if integer and is_last:
+            self.last_integer += products
+        elif integer:
+            self.integer += products
+        elif is_last:
+            self.last_floating += products
+        else:
+            self.floating += products
 
 
 def _matmul(node: ir.Node, count: _Count) -> None:
-    count.floating += math.prod(_matrix(node, 1)) // count.merged[node.outputs[0]]
+    count.add_linear(node, math.prod(_matrix(node, 1)), integer=False)
 
 
 def _int8_linear(node: ir.Node, count: _Count) -> None:
@@ -95,16 +116,13 @@ def _int8_linear(node: ir.Node, count: _Count) -> None:
     matrices = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.INT8 and _is_matrix(v)]
     if not matrices:
         raise UncountedError(f"{node.op_type} {node.name!r} has no matrix of 8-bit codes")
-    count.integer += sum(math.prod(_shape(v)) for v in matrices) // count.merged[node.outputs[0]]
+    count.add_linear(node, sum(math.prod(_shape(v)) for v in matrices), integer=True)
 
 
 def _block_product(node: ir.Node, count: _Count) -> None:
-    products = math.prod(node.attributes[name].as_int() for name in "KN") // count.merged[node.outputs[0]]
+    products = math.prod(node.attributes[name].as_int() for name in "KN")
     level = node.attributes.get("accuracy_level")
-    if level is not None and level.as_int() == _ROUNDING_LEVEL:
-        count.integer += products
-    else:
-        count.floating += products
+    count.add_linear(node, products, integer=level is not None and level.as_int() == _ROUNDING_LEVEL)
 
 
 def _attention(node: ir.Node, count: _Count) -> None:
@@ -142,7 +160,7 @@ def _convolution(node: ir.Node, count: _Count) -> None:
 
 def _score_head(node: ir.Node, count: _Count) -> None:
     matrices = [_source(v) for v in node.inputs if v is not None]
-    count.head += sum(math.prod(_shape(v)) for v in matrices if _is_matrix(v))
+    count.last_floating += sum(math.prod(_shape(v)) for v in matrices if _is_matrix(v))
 
 
 _COUNTED: Mapping[tuple[str, str], Callable[[ir.Node, _Count], None]] = {

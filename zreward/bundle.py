@@ -135,7 +135,8 @@ class GraphWork:
         recurrent_per_row: of DeltaNet states and their convolutions, in floats.
         attention_per_pair: of attention layers, for one row that looks at one row; in floats.
         rounded_attention_per_pair: of those that may round their factors to bfloat16.
-        head_per_sequence: of the score head, in floats.
+        integer_per_sequence: of what only the score head reads: linear layers in whole numbers of 8 bits,
+        float_per_sequence: and in floats, the head included.
     """
 
     integer_per_row: int
@@ -143,7 +144,8 @@ class GraphWork:
     recurrent_per_row: int
     attention_per_pair: int
     rounded_attention_per_pair: int
-    head_per_sequence: int
+    integer_per_sequence: int
+    float_per_sequence: int
 
     def __post_init__(self) -> None:
         negative = [name for name, value in dataclasses.asdict(self).items() if value < 0]

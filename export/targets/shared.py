@@ -1,4 +1,5 @@
-"""The passes that every target starts with: the score head, one image, and weights as products read them."""
+"""The passes that every target starts with: the score head, one image, weights as products read them, and no more
+positions than the head reads."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from zreward.export.graph import Graphs
 from zreward.export.passes.dead_outputs import remove_dead_outputs
 from zreward.export.passes.delta_norm import add_delta_norm_epsilon
+from zreward.export.passes.last_position import read_last_positions
 from zreward.export.passes.patch_embedding import lower_patch_embedding
 from zreward.export.passes.rotary_table import trim_rotary_tables
 from zreward.export.passes.score_head import fuse_score_head
@@ -34,3 +36,4 @@ def simplify(
     for model in (graphs.vision, graphs.decoder):
         transpose_weights(model)
         remove_dead_outputs(model)
+    read_last_positions(graphs.decoder)

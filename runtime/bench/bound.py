@@ -45,7 +45,7 @@ def stage_operations(work: Work, tokens: Tokens, candidates: int) -> Mapping[str
     system = _causal(work.decoder, tokens.system, past=0)
     prompt = _causal(work.decoder, tokens.prompt, past=tokens.system)
     image = _causal(work.decoder, tokens.image, past=text)
-    head = Operations(0, 2 * work.decoder.head_per_sequence, 0)
+    head = Operations(2 * work.decoder.integer_per_sequence, 2 * work.decoder.float_per_sequence, 0)
     asked = [_causal(work.decoder, n, past=text + tokens.image) + head for n in tokens.questions]
     questions = sum(asked, Operations(0, 0, 0))
     same_prompt = (vision + image + questions) * candidates

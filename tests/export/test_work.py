@@ -46,7 +46,14 @@ def expected_work(path: Path) -> Work:
     state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
     recurrent = convolutions + 3 * state * (len(layers) - n_full)
     attention = n_full * text.num_attention_heads * 2 * text.head_dim
-    decoder = GraphWork(0, linear, recurrent, attention, 0, 9 * text.hidden_size)
+    last = layers[-1]
+    mixer = (
+        last.self_attn.o_proj
+        if n_full and text.layer_types[-1] == "full_attention"
+        else last.linear_attn.out_proj
+    )
+    once = sum(m.weight.numel() for m in [mixer, *last.mlp.modules()] if isinstance(m, torch.nn.Linear))
+    decoder = GraphWork(0, linear - once, recurrent, attention, 0, 0, once + 9 * text.hidden_size)
     return Work(vision_work(model), decoder)
 
 
@@ -63,7 +70,7 @@ def vision_work(model: Any) -> GraphWork:
     assert rest == 0
     linear, rest = divmod(counted[0] - attention * N_PATCHES**2, N_PATCHES)
     assert rest == 0
-    return GraphWork(0, linear, 0, attention, 0, 0)
+    return GraphWork(0, linear, 0, attention, 0, 0, 0)
 
 
 @LOWER
@@ -81,14 +88,15 @@ def test_the_reference_student(reference_student: Path, lower: Callable[..., Non
     full = 192 * (2 * 192 + 96 + 96) + 192 * 192
     tower = 864 * 128 + 4 * (128 * 3 * 128 + 128 * 128 + 2 * 128 * 384) + (512 * 512 + 512 * 192) // 4
     assert found == Work(
-        vision=GraphWork(0, tower, 0, 4 * 2 * 128, 0, 0),
+        vision=GraphWork(0, tower, 0, 4 * 2 * 128, 0, 0, 0),
         decoder=GraphWork(
             integer_per_row=0,
-            float_per_row=3 * delta_net + full + 4 * 3 * 192 * 512,
+            float_per_row=3 * delta_net + full - 192 * 192 + 3 * 3 * 192 * 512,
             recurrent_per_row=3 * (3 * 4 * 48 * 48 + 4 * 576),
             attention_per_pair=2 * 192,
             rounded_attention_per_pair=0,
-            head_per_sequence=9 * 192,
+            integer_per_sequence=0,
+            float_per_sequence=192 * 192 + 3 * 192 * 512 + 9 * 192,
         ),
     )
 
@@ -110,8 +118,9 @@ def test_quantized_products_are_whole_numbers_where_inputs_are_rounded(
         rounded, plain_attention = quantized.rounded_attention_per_pair, before.attention_per_pair
         assert rounded == (plain_attention if level == 4 else 0)
         assert rounded + quantized.attention_per_pair == plain_attention
-        same = ("recurrent_per_row", "head_per_sequence")
-        assert all(getattr(quantized, name) == getattr(before, name) for name in same)
+        assert quantized.recurrent_per_row == before.recurrent_per_row
+        last = quantized.integer_per_sequence + quantized.float_per_sequence
+        assert last == before.float_per_sequence
     portable = work_after(checkpoint, lower_to_portable, quantized=checkpoint.weights)
     assert portable == work_after(floats, lower_to_portable)
 
@@ -120,9 +129,9 @@ def test_label_mass_reads_the_vocabulary(checkpoint_path: Path) -> None:
     checkpoint = Checkpoint.open(checkpoint_path)
     hidden, rows = checkpoint.text_config["hidden_size"], checkpoint.text_config["vocab_size"]
     found = work_after(checkpoint, lower_to_cpu, label_mass=True)
-    assert found.decoder.head_per_sequence == hidden * (
-        9 + rows + 9
-    )  # the codes' rows once more, for the share
+    plain = work_after(checkpoint, lower_to_cpu)
+    more = found.decoder.float_per_sequence - plain.decoder.float_per_sequence
+    assert more == hidden * (rows + 9)  # the codes' rows once more, for the share
 
 
 @pytest.mark.parametrize(

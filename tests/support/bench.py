@@ -18,7 +18,7 @@ from zreward.runtime.bench.stages import STAGES, Tokens
 
 RATE = Rate(2, 900.0, 230.0, 460.0, "registers")
 TOKENS = Tokens(patches=100, image=26, system=60, prompt=20, questions=(11, 12))
-WORK = Work(GraphWork(500, 100, 0, 7, 5, 0), GraphWork(3000, 0, 50, 11, 3, 90))
+WORK = Work(GraphWork(500, 100, 0, 7, 5, 0, 0), GraphWork(3000, 0, 50, 11, 3, 70, 90))
 MEDIANS = {
     "decode": 1.0,
     "vision": 3.0,

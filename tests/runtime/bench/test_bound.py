@@ -28,7 +28,7 @@ def test_every_token_attends_to_the_past_and_to_itself() -> None:
     assert found["system_text"] == causal(decoder, 0, TOKENS.system)
     assert found["prompt"] == causal(decoder, TOKENS.system, TOKENS.prompt)
     assert found["image_prefix"] == causal(decoder, text, TOKENS.image) * 3
-    head = Operations(0, 2 * decoder.head_per_sequence, 0)
+    head = Operations(2 * 70, 2 * 90, 0)
     asked = [causal(decoder, text + TOKENS.image, n) + head for n in TOKENS.questions]
     assert found["questions"] == sum(asked, Operations(0, 0, 0)) * 3
     patches = TOKENS.patches
