@@ -4,20 +4,24 @@
     zreward export build/random-0.8B -o build/bundle-0.8B --no-parity
     python benchmarks/four_rubrics.py build/random-0.8B build/bundle-0.8B
 
-Every system answers the same prompt about the same picture with the same tokens. A repetition runs each
-system once, in turn, so that a change of the machine's speed meets all of them; quoted are medians and
-the ratios of each repetition. "Cold" includes the prompt's prefix; "next candidate" finds it cached.
+Every system answers the same prompt about the same picture with the same tokens. A repetition runs each system once, in
+turn, so that a change of the machine's speed meets all of them; quoted are medians and the ratios of each repetition.
+With "nothing kept" the whole prefix is read; with a "new prompt" the system text is kept, as a scorer keeps it; a "next
+candidate" finds the prompt kept too. "One of many candidates" is a share of `--candidates` images of a prompt that is
+new, in one call of `Scorer.score`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,11 +30,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+from zreward.bundle import Bundle
 from zreward.image import preprocess
 from zreward.reference import ReferenceModel
-from zreward.runtime.engine import Engine
+from zreward.runtime import Scorer
+from zreward.runtime.engine import DecoderState, Engine
 
 PROMPT = "a red fox in the snow under a full moon, watercolour"
+CANDIDATES = "one of many candidates, new prompt"
+REFERENCE = "transformers, four passes"
+RATIOS = (
+    ("four rubrics, nothing kept", "one rubric, nothing kept"),
+    ("four rubrics, new prompt", "one rubric, new prompt"),
+    (CANDIDATES, "four rubrics, nothing kept"),
+    (CANDIDATES, "four rubrics, new prompt"),
+    (REFERENCE, "four rubrics, nothing kept"),
+)
 
 
 def main() -> None:
@@ -42,42 +57,56 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--candidates", type=int, default=16, help="images of one prompt")
+    parser.add_argument("--without-transformers", action="store_true", help="only this runtime")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    from zreward.bundle import Bundle
-
     engine = Engine(Bundle.open(arguments.bundle), threads=arguments.threads)
     picture = noise(arguments.image_size)
-    with ReferenceModel(arguments.checkpoint) as reference:
+    system, prompts = engine.system_state(), itertools.count()
+    prompt = engine.prompt_state(PROMPT, system)
+    scorer, difference = Scorer(engine), None
+    with ExitStack() as stack:
         systems: dict[str, Callable[[], Any]] = {
-            "four rubrics, cold": lambda: ask(engine, picture, None),
-            "one rubric, cold": lambda: ask(engine, picture, [0]),
-            "four rubrics, next candidate": next_candidate(engine, picture),
-            "transformers, four passes": lambda: reference.probabilities(PROMPT, picture),
+            "four rubrics, nothing kept": lambda: ask(engine, picture, None),
+            "one rubric, nothing kept": lambda: ask(engine, picture, [0]),
+            "four rubrics, new prompt": lambda: ask(engine, picture, None, system),
+            "one rubric, new prompt": lambda: ask(engine, picture, [0], system),
+            "four rubrics, next candidate": lambda: after_prompt(engine, prompt, picture, None),
+            CANDIDATES: lambda: scorer.score(
+                prompt=f"{PROMPT}, take {next(prompts):06d}", images=[picture] * arguments.candidates
+            ),
         }
-        difference = np.abs(ask(engine, picture, None) - reference.probabilities(PROMPT, picture)).max()
-        samples = {name: [] for name in systems} | {}
-        for _ in range(arguments.repetitions):
+        if not arguments.without_transformers:
+            reference = stack.enter_context(ReferenceModel(arguments.checkpoint))
+            systems[REFERENCE] = lambda: reference.probabilities(PROMPT, picture)
+            expected = reference.probabilities(PROMPT, picture)
+            difference = float(np.abs(ask(engine, picture, None) - expected).max())
+        samples: dict[str, list[float]] = {name: [] for name in systems}
+        for repetition in range(-1, arguments.repetitions):
             for name, run in systems.items():
                 start = time.perf_counter()
                 run()
-                samples[name].append(time.perf_counter() - start)
-    report(samples, float(difference), arguments)
+                if repetition >= 0:  # the first one warms up
+                    samples[name].append(time.perf_counter() - start)
+    samples[CANDIDATES] = [seconds / arguments.candidates for seconds in samples[CANDIDATES]]
+    report(samples, difference, arguments)
 
 
-def ask(engine: Engine, picture: Image.Image, dimensions: list[int] | None) -> np.ndarray:
-    """Everything from the decoded picture to the probabilities, [dimensions, bins]."""
-    return after_prompt(engine, engine.prompt_state(PROMPT), picture, dimensions)
+def ask(
+    engine: Engine, picture: Image.Image, dimensions: list[int] | None, system: DecoderState | None = None
+) -> np.ndarray:
+    """Everything from the decoded picture to the probabilities, [dimensions, bins].
 
-
-def next_candidate(engine: Engine, picture: Image.Image) -> Callable[[], np.ndarray]:
-    state = engine.prompt_state(PROMPT)
-    return lambda: after_prompt(engine, state, picture, None)
+    `system` is the state after the system text, where it was kept.
+    """
+    state = engine.prompt_state(PROMPT, system or engine.system_state())
+    return after_prompt(engine, state, picture, dimensions)
 
 
 def after_prompt(
-    engine: Engine, state: Any, picture: Image.Image, dimensions: list[int] | None
+    engine: Engine, state: DecoderState, picture: Image.Image, dimensions: list[int] | None
 ) -> np.ndarray:
     patches = preprocess(picture, engine.contract.image)
     features = engine.encode_image(patches)
@@ -90,16 +119,16 @@ def noise(side: int) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def report(samples: dict[str, list[float]], difference: float, arguments: argparse.Namespace) -> None:
+def report(samples: dict[str, list[float]], difference: float | None, arguments: argparse.Namespace) -> None:
     print(f"{arguments.image_size}×{arguments.image_size}, {arguments.threads} threads, {machine()}")
-    print(f"largest difference of a bin probability to transformers: {difference:.1e}")
     for name, seconds in samples.items():
-        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        print(f"{name:<30} median {statistics.median(seconds):6.2f} s  ({spread})")
-    print(f"four rubrics / one rubric:     {ratio(samples, 'four rubrics, cold', 'one rubric, cold'):.3f}")
-    print(
-        f"transformers / four rubrics:   {ratio(samples, 'transformers, four passes', 'four rubrics, cold'):.2f}"
-    )
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+        print(f"{name:<36} median {statistics.median(seconds):7.3f} s  ({spread})")
+    for name, under in RATIOS:
+        if name in samples:
+            print(f"{name} / {under}: {ratio(samples, name, under):.3f}")
+    if difference is not None:
+        print(f"largest difference of a bin probability to transformers: {difference:.1e}")
     if arguments.json:
         packages = ("torch", "transformers", "onnxruntime", "mobius-onnx")
         result = {
@@ -107,6 +136,7 @@ def report(samples: dict[str, list[float]], difference: float, arguments: argpar
             "versions": {name: version(name) for name in packages},
             "image_size": arguments.image_size,
             "threads": arguments.threads,
+            "candidates": arguments.candidates,
             "max_probability_difference": difference,
             "seconds": samples,
         }

@@ -8,7 +8,8 @@
 Every system is a process of its own in an environment of its own (benchmarks/systems: each file says what it needs
 and how its system is set) and gets the same tokens, positions and pixels. `NAME=BUNDLE` is a bundle of this project,
 where NAME begins with `zreward`. A system whose name ends in `-kept` starts from the states after the system text,
-which every prompt shares; the others read it each time. `--python` names the interpreter of a family of systems, the
+which every prompt shares, one whose name ends in `-next` from those after the prompt, which every candidate shares; the
+others read all of it each time. `--python` names the interpreter of a family of systems, the
 part of a name before its first hyphen; the default is this one.
 
 All systems stay loaded. A repetition runs each of them once, in turn, so that a change of the machine's speed meets
@@ -53,15 +54,13 @@ PROMPT = "a red fox in the snow under a full moon, watercolour"
 REFERENCE = "transformers"
 SETTLE_SECONDS = 0.3  # ONNX Runtime's threads spin for some 50 ms after a run
 PARTS = ("vision", "prefix", "suffixes", "passes")
-KEEP = "--keep-system-text"
 OPENVINO: dict[str, list[str]] = {
     "openvino-float": ["--weights", "float"],
     "openvino-int8": ["--weights", "int8"],
     "openvino-int8-passes": ["--weights", "int8", "--full-passes"],
     "openvino-int4": ["--weights", "int4"],
-    "openvino-int8-kept": ["--weights", "int8", KEEP],
-    "openvino-int4-kept": ["--weights", "int4", KEEP],
 }
+KEPT = {"-kept": ["--keep", "system"], "-next": ["--keep", "text"]}
 FLAGS = ("avx", "amx", "fma", "f16c", "asimd", "i8mm", "sve")  # the reported ones begin so
 
 
@@ -213,7 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments.systems = [name for group in arguments.systems for name in group.split(",")]
     for system in arguments.systems:
         name, _, bundle = system.partition("=")
-        if not (name.startswith("zreward") if bundle else name == REFERENCE or name in OPENVINO):
+        if not (name.startswith("zreward") if bundle else name == REFERENCE or plain(name)[0] in OPENVINO):
             parser.error(f"no system {system!r}; there are {known}, and zreward-…=BUNDLE")
     if arguments.repetitions < 1 or not all("=" in python for python in arguments.python):
         parser.error("--repetitions is at least 1, and --python is FAMILY=PATH")
@@ -233,6 +232,7 @@ def make_job(checkpoint: Path, side: int) -> Job:
     return Job(
         prompt=PROMPT,
         n_system_ids=len(encoder.system_ids),
+        n_text_ids=len(text),
         prefix_ids=np.concatenate([text, span]),
         prefix_positions=np.concatenate(
             [text_positions(0, len(text)), image, text_positions(end, 1)], axis=1
@@ -277,11 +277,20 @@ def command_of(system: str, arguments: argparse.Namespace) -> list[str]:
     script = Path(__file__).parent / "systems" / f"{family}_worker.py"
     command = [pythons.get(family, sys.executable), str(script), "--threads", str(arguments.threads)]
     if bundle:
-        return [*command, "--bundle", bundle, *([KEEP] if name.endswith("-kept") else [])]
+        return [*command, "--bundle", bundle, *plain(name)[1]]
     command += ["--checkpoint", str(arguments.checkpoint)]
     if family == "openvino":
-        command += ["--cache", str(arguments.cache), *OPENVINO[name]]
+        base, keep = plain(name)
+        command += ["--cache", str(arguments.cache), *OPENVINO[base], *keep]
     return command
+
+
+def plain(name: str) -> tuple[str, list[str]]:
+    """A system's name without what it keeps, and the options that say so."""
+    for ending, options in KEPT.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending), options
+    return name, []
 
 
 def measure(workers: list[Worker], job: Path, repetitions: int, failures: list[str]) -> dict[str, Result]:

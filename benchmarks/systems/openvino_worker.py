@@ -44,7 +44,7 @@ import torch
 from numpy.typing import NDArray
 from openvino import opset13
 from optimum.intel.openvino import OVModelForVisualCausalLM, OVWeightQuantizationConfig
-from worker import Floats, Ids, Job, Loaded, Parts, serve
+from worker import KEEP, Floats, Ids, Job, Loaded, Parts, serve
 
 WEIGHTS: dict[str, dict[str, Any]] = {
     "float": {},
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--group-size", type=int, default=128, help="of the dynamic quantization")
     parser.add_argument("--full-passes", action="store_true", help="share nothing between the questions")
-    parser.add_argument("--keep-system-text", action="store_true", help="start from its states")
+    parser.add_argument("--keep", choices=KEEP, default="nothing", help="states to start from")
     parser.add_argument("--convert", action="store_true", help="fill the cache and end")
     arguments = parser.parse_args()
     if arguments.convert:
@@ -97,14 +97,14 @@ def load(arguments: argparse.Namespace) -> Loaded:
     model = Model(folder, config)
     settings = {
         "weights": {"name": arguments.weights, **WEIGHTS[arguments.weights]},
-        "system text": "kept" if arguments.keep_system_text else "read each time",
+        "kept": arguments.keep,
         "passes": "one per question" if arguments.full_passes else "prefix once, questions as one batch",
         "threads": arguments.threads,
         "compiled": model.compiled_properties(),
     }
     if arguments.full_passes:
         return Loaded(model.run_full_passes, settings)
-    return Loaded(partial(model.run_shared, keeps=arguments.keep_system_text), settings)
+    return Loaded(partial(model.run_shared, keep=arguments.keep), settings)
 
 
 class Model:
@@ -118,14 +118,13 @@ class Model:
         read_logits_at(graph)
         self._compiled = openvino.Core().compile_model(graph, "CPU", config)
         self._request = self._compiled.create_infer_request()
-        self._system: dict[str, openvino.Tensor] = {}
+        self._kept: dict[str, openvino.Tensor] = {}
 
-    def run_shared(self, job: Job, parts: Parts, *, keeps: bool) -> Floats:
-        """All questions as one batch; `keeps` starts from the states after the system text."""
-        n_prefix = len(job.prefix_ids)
-        n_kept = job.n_system_ids if keeps else 0
-        if n_kept and not self._system:
-            self.read_system_text(job)
+    def run_shared(self, job: Job, parts: Parts, *, keep: str) -> Floats:
+        """All questions as one batch, from the states that were kept. There is one prompt."""
+        n_prefix, n_kept = len(job.prefix_ids), job.n_kept_ids(keep)
+        if n_kept and not self._kept:
+            self.read_text(job, n_kept)
         with parts.timed("vision"):
             features = self.vision(job)
         with parts.timed("prefix"):
@@ -133,7 +132,7 @@ class Model:
             self._request.reset_state()
             if n_kept:
                 for state in self._request.query_state():
-                    state.state = self._system[state.name]
+                    state.state = self._kept[state.name]
             positions = job.prefix_positions[:, n_kept:]
             nothing = np.zeros((1, 0))
             self.step(embeddings[:, n_kept:], positions, past=n_kept, read=nothing, source=np.zeros(1))
@@ -147,14 +146,13 @@ class Model:
             )
         return job.probabilities(logits[:, 0, job.code_ids])
 
-    def read_system_text(self, job: Job) -> None:
-        """Run it and copy the states that it leaves."""
+    def read_text(self, job: Job, n: int) -> None:
+        """Run the first n tokens and copy the states that they leave."""
         embeddings, positions = self.embed(job.prefix_ids[None]), job.prefix_positions
-        n = job.n_system_ids
         self._request.reset_state()
         self.step(embeddings[:, :n], positions[:, :n], past=0, read=np.zeros((1, 0)), source=np.zeros(1))
         for state in self._request.query_state():
-            self._system[state.name] = openvino.Tensor(state.state.data.copy())
+            self._kept[state.name] = openvino.Tensor(state.state.data.copy())
 
     def run_full_passes(self, job: Job, parts: Parts) -> Floats:
         codes = []

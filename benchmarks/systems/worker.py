@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+KEEP = ("nothing", "system", "text")
+"""What a system has kept from runs before: nothing, the states after the system text, or those after the prompt too."""
+
 Ids = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 
@@ -33,6 +36,7 @@ class Job:
     Attributes:
         prompt: text that the image was generated from; `prefix_ids` contain it.
         n_system_ids: tokens at the beginning of `prefix_ids` that every prompt shares.
+        n_text_ids: tokens at the beginning of `prefix_ids` that every candidate of the prompt shares.
         prefix_ids: [n], system text, prompt, image placeholders and the end of the image.
         prefix_positions: M-RoPE positions of them, [3, n] (time, height, width).
         suffix_ids: [dimensions, longest], one question a row, right-padded by its own last token.
@@ -48,6 +52,7 @@ class Job:
 
     prompt: str
     n_system_ids: int
+    n_text_ids: int
     prefix_ids: Ids
     prefix_positions: Ids
     suffix_ids: Ids
@@ -67,9 +72,13 @@ class Job:
     def load(path: Path) -> Job:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-        names = ("prompt", "n_system_ids", "merge_size", "image_token_id")
+        names = ("prompt", "n_system_ids", "n_text_ids", "merge_size", "image_token_id")
         scalars = {name: arrays.pop(name).item() for name in names}
         return Job(**arrays, **scalars)
+
+    def n_kept_ids(self, keep: str) -> int:
+        """Tokens whose states a system starts from: see `KEEP`."""
+        return {"nothing": 0, "system": self.n_system_ids, "text": self.n_text_ids}[keep]
 
     @property
     def n_questions(self) -> int:

@@ -1,8 +1,8 @@
 """This project's runtime on a bundle: prompt, image and questions each run once, the questions as one batch.
 
 The environment needs `pip install -e '.[cpu]' -c constraints.txt`. The engine is given what `Scorer` gives it, so
-the time includes the prompt's tokens; it starts without a cached prompt. With --keep-system-text the state after the
-system text is kept from the run before, as `Scorer` keeps it.
+the time includes the prompt's tokens; it starts without a cached prompt, unless --keep says that states are kept from
+the run before, as `Scorer` keeps them.
 """
 
 from __future__ import annotations
@@ -11,33 +11,39 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from worker import Floats, Job, Loaded, Parts, serve
+from worker import KEEP, Floats, Job, Loaded, Parts, serve
 
 from zreward.bundle import Bundle
 from zreward.image import Patches
-from zreward.runtime.engine import Engine
+from zreward.runtime.engine import DecoderState, Engine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--keep-system-text", action="store_true")
+    parser.add_argument("--keep", choices=KEEP, default="nothing")
     arguments = parser.parse_args()
     packages = ("zreward", "onnxruntime", "tokenizers", "numpy")
-    serve("zreward", packages, lambda: load(arguments.bundle, arguments.threads, arguments.keep_system_text))
+    serve("zreward", packages, lambda: load(arguments.bundle, arguments.threads, arguments.keep))
 
 
-def load(path: Path, threads: int, keeps: bool) -> Loaded:
+def load(path: Path, threads: int, keep: str) -> Loaded:
     bundle = Bundle.open(path)
     engine = Engine(bundle, provider="cpu", threads=threads)
+    kept: dict[str, DecoderState] = {}
 
     def run(job: Job, parts: Parts) -> Floats:
         patches = patches_of(job)
         with parts.timed("vision"):
             features = engine.encode_image(patches)
         with parts.timed("prefix"):
-            state = engine.prompt_state(job.prompt, None if keeps else engine.system_state())
+            state = kept.get(job.prompt)
+            if state is None:
+                system = engine.system_state() if keep == "nothing" else None
+                state = engine.prompt_state(job.prompt, system)
+            if keep == "text":
+                kept[job.prompt] = state
             state = engine.image_state(state, [features], patches.token_grid)
         with parts.timed("suffixes"):
             return engine.answer(state).probs[0]
@@ -52,7 +58,7 @@ def load(path: Path, threads: int, keeps: bool) -> Loaded:
         },
         "provider": "cpu",
         "threads": threads,
-        "system text": "kept" if keeps else "read each time",
+        "kept": keep,
     }
     return Loaded(run, settings, lambda job: check(engine, job))
 
