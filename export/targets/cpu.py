@@ -13,7 +13,9 @@ from zreward.export.passes.quantized_products import ACCURACY_LEVEL, quantize_pr
 from zreward.export.passes.skip_norm import fuse_skip_norms
 from zreward.export.passes.weight_storage import store_weights
 from zreward.export.targets.shared import simplify
+from zreward.export.weights import CheckpointTensor
 from zreward.quant.source import QuantizedWeights
+from zreward.quant.tensor import WeightFormat
 
 
 def lower_to_cpu(
@@ -41,12 +43,20 @@ def lower_to_cpu(
     """
     simplify(graphs, code_ids=code_ids, bins=bins, n_positions=n_positions, label_mass=label_mass)
     fuse_delta_nets(graphs.decoder)
-    # Where the inputs of linear layers are rounded to 8 bits, those of attention may be rounded to bfloat16.
-    rounds = quantized is not None and accuracy_level == ACCURACY_LEVEL
-    fuse_causal_attention(graphs.decoder, bfloat16=rounds)
-    fuse_rotary_attention(graphs.vision, bfloat16=rounds)
+    fuse_causal_attention(graphs.decoder, bfloat16=_rounds_rows(graphs.decoder, quantized))
+    fuse_rotary_attention(graphs.vision, bfloat16=_rounds_rows(graphs.vision, quantized))
     for model in (graphs.vision, graphs.decoder):
         fuse_skip_norms(model)
         if quantized is not None:
             quantize_products_for_onnxruntime(model, quantized, accuracy_level=accuracy_level)
         store_weights(model, stored_type)
+
+
+def _rounds_rows(model: ir.Model, quantized: QuantizedWeights | None) -> bool:
+    """Whether every quantized layer rounds its inputs to 8 bits a row: then attention may round to bfloat16."""
+    if quantized is None:
+        return False
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    sources = {t.layout.source for t in tensors if isinstance(t, CheckpointTensor)}
+    formats = [quantized.formats[name] for name in sources if name in quantized.formats]
+    return bool(formats) and all(isinstance(f, WeightFormat) and f.activations == "int8" for f in formats)

@@ -31,10 +31,10 @@ PARTS = {
 """Stages that follow each other, by their keys in a report."""
 
 TOTALS = {
-    "nothing_kept": "end to end, nothing kept",
-    "new_prompt": "end to end, new prompt",
-    "same_prompt": "end to end, same prompt",
-    "separate": "end to end, not shared",
+    "nothing_kept": "total, nothing kept",
+    "new_prompt": "total, new prompt",
+    "same_prompt": "total, same prompt",
+    "separate": "total, not shared",
 }
 """What includes them: all six; all but the system text, which the engine keeps; all but it and the prompt, which the
 scorer keeps; all of them anew for every question."""

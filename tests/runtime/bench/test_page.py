@@ -128,7 +128,7 @@ def test_a_chart_of_many_samples_is_thinned() -> None:
 def test_rows_have_the_figures() -> None:
     found = report(separate=True).results[0]
     rows = stage_rows(found)
-    assert [row[0] for row in rows][-1] == "end to end, not shared"
+    assert [row[0] for row in rows][-1] == "total, not shared"
     vision = found.stages["vision"]
     assert rows[1][2] == milliseconds(vision.median_ms)
     assert rows[1][-1] == f"{vision.share:.0%}"
