@@ -55,7 +55,7 @@ GOLDEN_TOLERANCE = 2e-3
 """Bin probabilities move by about 1e-6 between processors in float32; a wrong weight moves them by 0.1."""
 QUANTIZED_TOLERANCE = 5e-2
 """Sums of whole numbers are exact everywhere, but a scale that differs in its last bit moves a rounding. With and
-without the compiled kernels, int8 moves them by 1.1e-2 on the reference student and 4.0e-2 on random weights of 0.8B."""
+without the compiled kernels, int8 moves them by 1.1e-2 on the reference student, 4.0e-2 on random 0.8B weights."""
 _STORE = "quantized"
 PARITY_LIMITS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
 """A bundle further than this from transformers is not written: the graph is then wrong, not rounded."""
