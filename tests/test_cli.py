@@ -325,6 +325,6 @@ def test_demo_goes_the_whole_way(cli: Cli, tmp_path: Path) -> None:
     assert widest(result.stdout) <= 80 or "contract" in max(result.stdout.splitlines(), key=len)
     assert result.stdout.count(".png") >= 6
     assert result.stdout.count("“") == 2
-    assert "end to end" in result.stdout
+    assert "total, same prompt" in result.stdout
     assert (tmp_path / "out" / "demo-bundle" / "manifest.json").is_file()
     assert (tmp_path / "out" / "demo-bundle-scores.png").stat().st_size > 10_000

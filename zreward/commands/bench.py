@@ -74,8 +74,13 @@ def bench(
         separate=separate,
     )
     _check_files(("--json", json_file), ("--markdown", markdown), ("--html", html))
-    with console.progress("%") as progress:
-        report = run_bench(bundle, plan, progress)
+    with console.progress("%") as progress, console.remembered_interrupt() as stop_if_interrupted:
+
+        def heard(stage: str, done: int, total: int) -> None:
+            stop_if_interrupted()
+            progress(stage, done, total)
+
+        report = run_bench(bundle, plan, heard)
     _print_report(report)
     if json_file is not None:
         report.save(json_file)
