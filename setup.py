@@ -12,7 +12,7 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("attention", "delta_net", "int8_linear", "library", "op", "peak", "skip_norm")
+SOURCES = ("attention", "delta_net", "library", "op", "peak", "quantized_linear", "skip_norm")
 
 
 class BuildLibrary(build_ext):

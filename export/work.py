@@ -20,10 +20,8 @@ from zreward.bundle import GraphWork, Work
 from zreward.errors import ExportError
 from zreward.export.graph import Graphs
 from zreward.export.irtools import DOMAIN, input_of
+from zreward.export.passes import quantized_linear as linear
 
-_ROUNDING_LEVEL = (
-    4  # accuracy_level at which MatMulNBits rounds its inputs to 8 bits, and multiplies whole numbers
-)
 _STATE_PRODUCTS = 3  # of every element of a DeltaNet state for a token: with the key, the value and the query
 _MICROSOFT = "com.microsoft"
 _PASSES_WEIGHT = ("Cast", "DequantizeLinear")
@@ -122,7 +120,8 @@ def _int8_linear(node: ir.Node, count: _Count) -> None:
 def _block_product(node: ir.Node, count: _Count) -> None:
     products = math.prod(node.attributes[name].as_int() for name in "KN")
     level = node.attributes.get("accuracy_level")
-    count.add_linear(node, products, integer=level is not None and level.as_int() == _ROUNDING_LEVEL)
+    is_rounded = level is not None and level.as_int() == linear.ROUNDING_LEVEL
+    count.add_linear(node, products, integer=is_rounded or node.domain == DOMAIN)
 
 
 def _attention(node: ir.Node, count: _Count) -> None:
@@ -170,9 +169,12 @@ _COUNTED: Mapping[tuple[str, str], Callable[[ir.Node, _Count], None]] = {
     (_MICROSOFT, "MatMulBnb4"): _block_product,
     (_MICROSOFT, "LinearAttention"): _linear_attention,
     (_MICROSOFT, "CausalConvWithState"): _convolution,
-    (DOMAIN, "Int8Linear"): _int8_linear,
-    (DOMAIN, "GeluInt8Linear"): _int8_linear,
-    (DOMAIN, "SwiGluInt8Linear"): _int8_linear,
+    (DOMAIN, linear.INT8_LINEAR): _int8_linear,
+    (DOMAIN, linear.GELU_INT8_LINEAR): _int8_linear,
+    (DOMAIN, linear.SWIGLU_INT8_LINEAR): _int8_linear,
+    (DOMAIN, linear.BLOCK_LINEAR): _block_product,
+    (DOMAIN, linear.GELU_BLOCK_LINEAR): _block_product,
+    (DOMAIN, linear.SWIGLU_BLOCK_LINEAR): _block_product,
     (DOMAIN, "RotaryAttention"): _rotary_attention,
     (DOMAIN, "CausalAttention"): _causal_attention,
     (DOMAIN, "GatedDeltaNet"): _gated_delta_net,

@@ -3,13 +3,16 @@
 Each MatMul whose weight the checkpoint holds quantized is replaced, by the weight's format:
 
     format              ONNX Runtime on CPUs                            portable
-    4 or 8 bits         MatMulNBits                                     DequantizeLinear → MatMul
-    int8 activations    zreward::Int8Linear, see int8_linear.py         DequantizeLinear → MatMul
+    4 or 8 bits         zreward::BlockLinear, see quantized_linear.py   DequantizeLinear → MatMul
+    int8 activations    zreward::Int8Linear                             DequantizeLinear → MatMul
     NF4, FP4            MatMulBnb4                                      stays dequantized
 
-**16-bit scales.** Scales are stored as float16 and followed by a Cast, which ONNX Runtime folds when it loads
-the graph. It must: without its optimizations (ORT_DISABLE_ALL), MatMulNBits of accuracy level 4 packs its
-weights before it knows the scales, and version 1.31.1 then returns wrong numbers instead of an error.
+Where activations are not to be rounded (`accuracy_level` 0), 4 and 8 bits are MatMulNBits.
+
+**16-bit scales.** Scales are stored as float16. In front of MatMulNBits, also where it is the body of a function,
+stands a Cast, which ONNX Runtime folds when it loads the graph. It must: without its optimizations (ORT_DISABLE_ALL),
+MatMulNBits of accuracy level 4 packs its weights before it knows the scales, and version 1.31.1 then returns wrong
+numbers instead of an error.
 
 **Portable.** Standard operators only, for TensorRT and others. There, weights with int8 activations are
 dequantized per output: TensorRT refuses DynamicQuantizeLinear, and static scales of activations are a matter of
@@ -31,13 +34,10 @@ from zreward.errors import ExportError
 from zreward.export import packed_weights as packed
 from zreward.export.irtools import add_initializer, input_of
 from zreward.export.packed_weights import Pack, PackedTensor, WeightReader
-from zreward.export.passes.int8_linear import fuse_int8_linears, int8_linear
+from zreward.export.passes.quantized_linear import ROUNDING_LEVEL, block_linear, fuse_linears, int8_linear
 from zreward.export.weights import CheckpointTensor
 from zreward.quant.source import QuantizedWeights
 from zreward.quant.tensor import CodebookFormat, QuantizedWeight, WeightFormat
-
-ACCURACY_LEVEL = 4
-"""MatMulNBits rounds activations to 8 bits per block at 4, and computes in float32 at 0."""
 
 _MS = "com.microsoft"
 _CODE_TYPES = {
@@ -49,20 +49,20 @@ _CODE_TYPES = {
 
 
 def quantize_products_for_onnxruntime(
-    model: ir.Model, weights: QuantizedWeights, *, accuracy_level: int = ACCURACY_LEVEL
+    model: ir.Model, weights: QuantizedWeights, *, accuracy_level: int = ROUNDING_LEVEL
 ) -> int:
     """Multiply by codes with the operators of com.microsoft that have CPU kernels.
 
     Args:
         model: weights laid out by `transpose_weights`.
         weights: the quantized matrices of the checkpoint that the model's weights are bound to.
-        accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits per block, 0 keeps them.
+        accuracy_level: 4 rounds activations to 8 bits per block, 0 keeps them.
 
     Raises:
         ExportError: a quantized matrix has a layout that the operators cannot express.
     """
     changes = _OnnxRuntimeProducts(model.graph, weights, accuracy_level).lower()
-    fuse_int8_linears(model)
+    fuse_linears(model)
     return changes
 
 
@@ -177,21 +177,18 @@ class _OnnxRuntimeProducts(_Products):
         blocks = -(-inputs // size)
         uint8 = ir.DataType.UINT8
         codes_shape = (out, blocks, size * chosen.bits // 8)
-        operands = [
-            self._in_order(builder, x, source, chosen, inputs),
-            self._part(source, "codes", packed.block_codes, uint8, codes_shape),
-            self._scales(builder, source, packed.block_scales, (out, blocks)),
-        ]
+        ordered = self._in_order(builder, x, source, chosen, inputs)
+        codes = self._part(source, "codes", packed.block_codes, uint8, codes_shape)
+        zeros = []
         if not chosen.symmetric:
             shape = (out, -(-blocks * chosen.bits // 8))
-            operands.append(self._part(source, "zeros", packed.block_zeros, uint8, shape))
-        attributes = {
-            "K": inputs,
-            "N": out,
-            "bits": chosen.bits,
-            "block_size": size,
-            "accuracy_level": self.accuracy_level,
-        }
+            zeros.append(self._part(source, "zeros", packed.block_zeros, uint8, shape))
+        attributes = {"K": inputs, "N": out, "bits": chosen.bits, "block_size": size}
+        if self.accuracy_level == ROUNDING_LEVEL:
+            scales = self._stored_scales(source, packed.block_scales, (out, blocks))
+            return block_linear(builder, self.graph, ordered, [codes, scales, *zeros], attributes)
+        attributes["accuracy_level"] = self.accuracy_level
+        operands = [ordered, codes, self._scales(builder, source, packed.block_scales, (out, blocks)), *zeros]
         result: ir.Value = builder.op("MatMulNBits", operands, attributes=attributes, domain=_MS)
         return result
 

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from zreward.export.graph import Graphs
 from zreward.export.passes.attention import fuse_causal_attention, fuse_rotary_attention
 from zreward.export.passes.delta_net import fuse_delta_nets
-from zreward.export.passes.quantized_products import ACCURACY_LEVEL, quantize_products_for_onnxruntime
+from zreward.export.passes.quantized_linear import ROUNDING_LEVEL
+from zreward.export.passes.quantized_products import quantize_products_for_onnxruntime
 from zreward.export.passes.skip_norm import fuse_skip_norms
 from zreward.export.passes.weight_storage import store_weights
 from zreward.export.targets.shared import simplify
@@ -27,7 +28,7 @@ def lower_to_cpu(
     stored_type: ir.DataType,
     label_mass: bool,
     quantized: QuantizedWeights | None = None,
-    accuracy_level: int = ACCURACY_LEVEL,
+    accuracy_level: int = ROUNDING_LEVEL,
 ) -> None:
     """Lower both graphs in place.
 
@@ -39,12 +40,12 @@ def lower_to_cpu(
         stored_type: type of the stored float matrices.
         label_mass: also output the share of probability that the codes hold.
         quantized: matrices that are multiplied as codes; None: all are floats.
-        accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits per block, 0 keeps them.
+        accuracy_level: of products with scales for blocks: 4 rounds activations to 8 bits per block, 0 keeps them.
     """
     simplify(graphs, code_ids=code_ids, bins=bins, n_positions=n_positions, label_mass=label_mass)
     fuse_delta_nets(graphs.decoder)
-    fuse_causal_attention(graphs.decoder, bfloat16=_rounds_rows(graphs.decoder, quantized))
-    fuse_rotary_attention(graphs.vision, bfloat16=_rounds_rows(graphs.vision, quantized))
+    fuse_causal_attention(graphs.decoder, bfloat16=_rounds_inputs(graphs.decoder, quantized, accuracy_level))
+    fuse_rotary_attention(graphs.vision, bfloat16=_rounds_inputs(graphs.vision, quantized, accuracy_level))
     for model in (graphs.vision, graphs.decoder):
         fuse_skip_norms(model)
         if quantized is not None:
@@ -52,11 +53,14 @@ def lower_to_cpu(
         store_weights(model, stored_type)
 
 
-def _rounds_rows(model: ir.Model, quantized: QuantizedWeights | None) -> bool:
-    """Whether every quantized layer rounds its inputs to 8 bits a row: then attention may round to bfloat16."""
+def _rounds_inputs(model: ir.Model, quantized: QuantizedWeights | None, accuracy_level: int) -> bool:
+    """Whether every quantized layer rounds its inputs to 8 bits: then attention may round to bfloat16."""
     if quantized is None:
         return False
     tensors = (value.const_value for value in model.graph.initializers.values())
     sources = {t.layout.source for t in tensors if isinstance(t, CheckpointTensor)}
     formats = [quantized.formats[name] for name in sources if name in quantized.formats]
-    return bool(formats) and all(isinstance(f, WeightFormat) and f.activations == "int8" for f in formats)
+    return bool(formats) and all(
+        isinstance(f, WeightFormat) and (f.activations == "int8" or accuracy_level == ROUNDING_LEVEL)
+        for f in formats
+    )

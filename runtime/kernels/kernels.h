@@ -9,7 +9,7 @@ namespace zreward {
 
 std::vector<const ort::CustomOp*> attention_operators();
 std::vector<const ort::CustomOp*> delta_net_operators();
-std::vector<const ort::CustomOp*> int8_linear_operators();
+std::vector<const ort::CustomOp*> quantized_linear_operators();
 std::vector<const ort::CustomOp*> skip_norm_operators();
 
 }  // namespace zreward

@@ -34,7 +34,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     ort::CustomOpDomain* fresh = nullptr;
     if (ort::Status* status = zreward::api().create_domain("zreward", &fresh)) return status;
     for (const auto& list : {zreward::attention_operators(), zreward::delta_net_operators(),
-                             zreward::int8_linear_operators(), zreward::skip_norm_operators()})
+                             zreward::quantized_linear_operators(), zreward::skip_norm_operators()})
       for (const ort::CustomOp* op : list)
         if (ort::Status* status = zreward::api().domain_add(fresh, op)) return status;
     domain = fresh;

@@ -124,8 +124,14 @@ bool has_bfloat16();
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
+template <typename Kernel, typename = void>
+constexpr size_t kOptionalInputs = 0;
+template <typename Kernel>
+constexpr size_t kOptionalInputs<Kernel, std::void_t<decltype(Kernel::kOptional)>> = Kernel::kOptional;
+
 // The operator of a kernel class, which has
 //   static constexpr const char* kName; static constexpr int kInputs[], kOutputs[]  (element types)
+//   static constexpr size_t kOptional  (how many of the last inputs may be missing; none without it)
 //   explicit Kernel(const Setup&);  void run(const Context&) const;
 template <typename Kernel>
 const ort::CustomOp* operator_of() {
@@ -140,9 +146,11 @@ const ort::CustomOp* operator_of() {
     table.output_type = [](const CustomOp*, size_t i) { return static_cast<int>(Kernel::kOutputs[i]); };
     table.output_count = [](const CustomOp*) { return std::size(Kernel::kOutputs); };
     table.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-    table.input_characteristic = table.output_characteristic = [](const CustomOp*, size_t) {
-      return static_cast<int>(ort::kRequired);
+    table.input_characteristic = [](const CustomOp*, size_t i) {
+      const bool is_required = i + kOptionalInputs<Kernel> < std::size(Kernel::kInputs);
+      return static_cast<int>(is_required ? ort::kRequired : ort::kOptional);
     };
+    table.output_characteristic = [](const CustomOp*, size_t) { return static_cast<int>(ort::kRequired); };
     table.input_memory_type = [](const CustomOp*, size_t) { return 0; };
     table.variadic_input_min = table.variadic_input_homogeneous = [](const CustomOp*) { return 0; };
     table.variadic_output_min = table.variadic_output_homogeneous = [](const CustomOp*) { return 0; };

@@ -22,7 +22,7 @@ struct ShapeInferContext;
 constexpr uint32_t kApiVersion = 17;
 
 enum ElementType : int { kAnyType = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10 };
-enum Characteristic : int { kRequired = 0 };
+enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 using FunctionTable = const void* const*;

@@ -114,9 +114,10 @@ def test_quantized_products_are_whole_numbers_where_inputs_are_rounded(
     for graph in ("vision", "decoder"):
         quantized, before = getattr(found, graph), getattr(plain, graph)
         assert quantized.integer_per_row + quantized.float_per_row == before.float_per_row
-        assert (quantized.integer_per_row > before.float_per_row / 2) == (scheme == "int8" or level == 4)
+        rounds_inputs = scheme == "int8" or level == 4
+        assert (quantized.integer_per_row > before.float_per_row / 2) == rounds_inputs
         rounded, plain_attention = quantized.rounded_attention_per_pair, before.attention_per_pair
-        assert rounded == (plain_attention if scheme == "int8" else 0)
+        assert rounded == (plain_attention if rounds_inputs else 0)
         assert rounded + quantized.attention_per_pair == plain_attention
         assert quantized.recurrent_per_row == before.recurrent_per_row
         last = quantized.integer_per_sequence + quantized.float_per_sequence

@@ -19,7 +19,7 @@ from tests.support.graphs import checked_proto, normal, run_onnxruntime
 from zreward.errors import BackendError
 from zreward.export.irtools import add_initializer
 from zreward.export.passes import attention, delta_net, skip_norm
-from zreward.export.passes import int8_linear as linear
+from zreward.export.passes import quantized_linear as linear
 from zreward.export.passes.state_rows import KEEP_STATES
 from zreward.runtime import Scorer, kernels
 from zreward.runtime.backends import open_session
@@ -42,6 +42,7 @@ needs_bfloat16 = pytest.mark.skipif(
 # inputs, outputs, rows: one of everything, ends of quads, panels of 14 rows and blocks of 32 outputs, real layers
 SIZES = [(1, 1, 1), (5, 3, 2), (16, 32, 14), (17, 33, 15), (100, 130, 29), (192, 576, 77), (1024, 200, 3)]
 LINEARS = (linear.INT8_LINEAR, linear.GELU_INT8_LINEAR, linear.SWIGLU_INT8_LINEAR)
+BLOCK_LINEARS = (linear.BLOCK_LINEAR, linear.GELU_BLOCK_LINEAR, linear.SWIGLU_BLOCK_LINEAR)
 
 
 def linear_model(name: str, inputs: int, outputs: int, *, bias: bool = True, half: bool = False) -> ir.Model:
@@ -61,6 +62,35 @@ def linear_model(name: str, inputs: int, outputs: int, *, bias: bool = True, hal
     }
     constants = [add_initializer(graph, ir.tensor(value, name=key)) for key, value in weights.items()]
     return finished(graph, name, [*sources, *constants], {}, [float_value("y", [1, "rows", outputs])])
+
+
+def block_model(
+    name: str, inputs: int, outputs: int, bits: int, block: int, *, symmetric: bool, bias: bool
+) -> ir.Model:
+    """One layer with random codes and a scale for each block."""
+    rng = np.random.default_rng(inputs * outputs)
+    names = ("gate", "x") if name == linear.SWIGLU_BLOCK_LINEAR else ("x",)
+    sources = [float_value(n, [1, "rows", inputs]) for n in names]
+    graph = ir.Graph(
+        sources, [], nodes=[], opset_imports={"": 24, "zreward": 1, "com.microsoft": 1}, name="g"
+    )
+    blocks = -(-inputs // block)
+    weights: dict[str, Array] = {
+        "codes": rng.integers(0, 256, (outputs, blocks, block * bits // 8)).astype(np.uint8),
+        "scales": (rng.random((outputs, blocks)) * 1e-2).astype(np.float16),
+        "bias": normal(rng, outputs) if bias else np.zeros(1, dtype=np.float32),
+    }
+    if not symmetric:
+        weights["zeros"] = rng.integers(0, 256, (outputs, -(-blocks * bits // 8))).astype(np.uint8)
+    constants = [add_initializer(graph, ir.tensor(value, name=key)) for key, value in weights.items()]
+    attributes = {
+        "K": inputs,
+        "N": outputs,
+        "bits": bits,
+        "block_size": block,
+        "symmetric": int(symmetric),
+    }
+    return finished(graph, name, [*sources, *constants], attributes, [float_value("y", [1, "rows", outputs])])
 
 
 def delta_net_model(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> ir.Model:
@@ -198,6 +228,77 @@ def test_linear_layers_equal_their_bodies(name: str, size: tuple[int, int, int])
         if name != linear.INT8_LINEAR:
             limit += np.abs(expected[0, row]).max() / 127
         np.testing.assert_allclose(found[0, row], expected[0, row], rtol=0, atol=limit)
+
+
+def activated(name: str, feed: dict[str, Array]) -> Array:
+    """What the layer of this name multiplies, in float32."""
+    x = feed["x"].astype(np.float64)
+    if name.startswith("Gelu"):
+        x = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    if name.startswith("SwiGlu"):
+        gate = feed["gate"].astype(np.float64)
+        x = x * gate / (1 + np.exp(-gate))
+    return x.astype(np.float32)
+
+
+def emulated_blocks(model: ir.Model, x: Array) -> Array:
+    """Σ over blocks of scale · s · Σ round(x / s) (code − zero), s a 127th of the block's largest input."""
+    attributes = next(iter(model.graph)).attributes
+    block, bits, inputs = (attributes[name].as_int() for name in ("block_size", "bits", "K"))
+    parts = {str(v.name): v.const_value.numpy() for v in model.graph.initializers.values() if v.const_value}
+    codes, zeros = parts["codes"], parts.get("zeros")
+    blocks = codes.shape[1]
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], block)
+        if zeros is not None:
+            zeros = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(len(zeros), -1)[:, :blocks]
+    middle = np.full(codes.shape[:2], 1 << (bits - 1)) if zeros is None else zeros
+    weights = (codes.astype(np.int64) - middle[..., None]) * parts["scales"].astype(np.float64)[..., None]
+    rows = np.pad(x, ((0, 0), (0, 0), (0, blocks * block - inputs))).reshape(*x.shape[:2], blocks, block)
+    steps = np.maximum(np.abs(rows).max(axis=-1, keepdims=True), np.float32(1e-30)) * np.float32(1 / 127)
+    rounded = np.round(rows / steps).astype(np.float64) * steps
+    result: Array = np.einsum("brgk,ngk->brn", rounded, weights)
+    return result
+
+
+# inputs, outputs, rows, bits, block, symmetric: parts of blocks and quads, odd numbers of zero points, real layers
+BLOCK_SIZES = [
+    (1, 1, 1, 4, 16, True),
+    (5, 3, 2, 8, 16, False),
+    (40, 33, 15, 4, 32, False),
+    (96, 31, 14, 4, 32, True),
+    (100, 130, 29, 8, 64, True),
+    (70, 17, 16, 4, 16, False),
+    (272, 64, 15, 8, 128, False),
+    (256, 576, 77, 4, 128, True),
+    (3584, 96, 3, 4, 128, True),
+    (1024, 200, 30, 4, 256, False),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("name", BLOCK_LINEARS)
+def test_layers_of_blocks_equal_their_bodies(name: str, size: tuple[int, int, int, int, int, bool]) -> None:
+    inputs, outputs, rows, bits, block, symmetric = size
+    model = block_model(name, inputs, outputs, bits, block, symmetric=symmetric, bias=rows % 2 == 0)
+    rng = np.random.default_rng(1)
+    feed: dict[str, Array] = {str(v.name): normal(rng, 1, rows, inputs) for v in model.graph.inputs}
+    feed["x"] *= np.exp(3 * normal(rng, 1, rows, 1))
+    if rows > 2:
+        feed["x"][0, 1] = 0
+        feed["x"][0, 2] *= 1e-20
+    found = run_onnxruntime(model, feed, optimized=True, kernels=True)["y"]
+    bias = model.graph.initializers["bias"].const_value
+    assert bias is not None
+    emulated = emulated_blocks(model, activated(name, feed)) + bias.numpy()
+    body = run_onnxruntime(model, feed, optimized=True)["y"]
+    for row in range(rows):
+        largest = np.abs(emulated[0, row]).max()
+        # where an activation is rounded differently, its code may be another: a step of 1/127 of one weight
+        limit = largest * (2e-6 if name == linear.BLOCK_LINEAR else 1e-2)
+        np.testing.assert_allclose(found[0, row], emulated[0, row], rtol=0, atol=limit)
+        np.testing.assert_allclose(found[0, row], body[0, row], rtol=0, atol=largest * 1e-2)
 
 
 @needs_kernels
