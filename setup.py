@@ -12,7 +12,16 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("attention", "delta_net", "library", "op", "peak", "quantized_linear", "skip_norm")
+SOURCES = (
+    "attention",
+    "delta_net",
+    "library",
+    "op",
+    "peak",
+    "quantized_linear",
+    "quantized_product",
+    "skip_norm",
+)
 
 
 class BuildLibrary(build_ext):
@@ -25,7 +34,10 @@ class BuildLibrary(build_ext):
 kernels = Extension(
     "zreward.runtime.kernels._library",
     sources=[f"runtime/kernels/{name}.cpp" for name in SOURCES],
-    depends=[f"runtime/kernels/{name}.h" for name in ("avx512", "kernels", "op", "ort_abi", "vector_math")],
+    depends=[
+        f"runtime/kernels/{name}.h"
+        for name in ("avx512", "kernels", "op", "ort_abi", "quantized_product", "vector_math")
+    ],
     extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0", "-Wno-uninitialized"],
     language="c++",
     optional=True,

@@ -21,6 +21,7 @@ from zreward.errors import ExportError
 from zreward.export.graph import Graphs
 from zreward.export.irtools import DOMAIN, input_of
 from zreward.export.passes import quantized_linear as linear
+from zreward.export.passes import quantized_mlp as mlp
 
 _STATE_PRODUCTS = 3  # of every element of a DeltaNet state for a token: with the key, the value and the query
 _MICROSOFT = "com.microsoft"
@@ -117,6 +118,12 @@ def _int8_linear(node: ir.Node, count: _Count) -> None:
     count.add_linear(node, sum(math.prod(_shape(v)) for v in matrices), integer=True)
 
 
+def _block_mlp(node: ir.Node, count: _Count) -> None:
+    inputs, hidden, outputs = (node.attributes[name].as_int() for name in "KMN")
+    products = 2 if "gate_bits" in node.attributes else 1
+    count.add_linear(node, hidden * (products * inputs + outputs), integer=True)
+
+
 def _block_product(node: ir.Node, count: _Count) -> None:
     products = math.prod(node.attributes[name].as_int() for name in "KN")
     level = node.attributes.get("accuracy_level")
@@ -175,6 +182,10 @@ _COUNTED: Mapping[tuple[str, str], Callable[[ir.Node, _Count], None]] = {
     (DOMAIN, linear.BLOCK_LINEAR): _block_product,
     (DOMAIN, linear.GELU_BLOCK_LINEAR): _block_product,
     (DOMAIN, linear.SWIGLU_BLOCK_LINEAR): _block_product,
+    (DOMAIN, mlp.GELU_INT8_MLP): _int8_linear,
+    (DOMAIN, mlp.SWIGLU_INT8_MLP): _int8_linear,
+    (DOMAIN, mlp.GELU_BLOCK_MLP): _block_mlp,
+    (DOMAIN, mlp.SWIGLU_BLOCK_MLP): _block_mlp,
     (DOMAIN, "RotaryAttention"): _rotary_attention,
     (DOMAIN, "CausalAttention"): _causal_attention,
     (DOMAIN, "GatedDeltaNet"): _gated_delta_net,

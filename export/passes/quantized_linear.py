@@ -31,8 +31,7 @@ to 8 bits. The body is MatMulNBits of accuracy level 4, whose layouts the inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +50,13 @@ SWIGLU_BLOCK_LINEAR = "SwiGluBlockLinear"
 ROUNDING_LEVEL = 4
 """MatMulNBits's accuracy_level that rounds activations to 8 bits a block; 0 keeps them."""
 
+BLOCK_ATTRIBUTES = ("K", "N", "bits", "block_size")
+"""The attributes that a product of blocks has in common with MatMulNBits."""
+
+_FUSED = {
+    INT8_LINEAR: (GELU_INT8_LINEAR, SWIGLU_INT8_LINEAR),
+    BLOCK_LINEAR: (GELU_BLOCK_LINEAR, SWIGLU_BLOCK_LINEAR),
+}
 _NO_BIAS = "zreward.no_bias"
 _MS = "com.microsoft"
 _CODE_MAX, _CODE_ZERO = 127.0, 128
@@ -103,9 +109,9 @@ def fuse_linears(model: ir.Model) -> int:
 def add_functions(model: ir.Model) -> None:
     """Give the model the bodies of the operators of this module that it uses."""
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
-    for name, (activation, product) in _BODIES.items():
-        if name in used:
-            add_function(model, _function(name, model.graph.opset_imports[""], activation, product))
+    for family, fused in _FUSED.items():
+        for name in sorted(used & {family, *fused}):
+            add_function(model, _function(name, family, model.graph.opset_imports[""]))
 
 
 def _no_bias(graph: ir.Graph) -> ir.Value:
@@ -187,98 +193,102 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
 # The functions
 
 
-def _plain(builder: tape.Tape, x: ir.Value) -> ir.Value:
-    return x
+class Body:
+    """The body of a function under construction, in ONNX Runtime's own operators."""
 
+    def __init__(self, name: str) -> None:
+        self.name, self.nodes = name, tape.Tape()
+        self._codes: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
-def _gelu(builder: tape.Tape, x: ir.Value) -> ir.Value:
-    result: ir.Value = builder.op("Gelu", [x], attributes={"approximate": "tanh"})
-    return result
+    def gelu(self, x: ir.Value) -> ir.Value:
+        """The approximation with tanh."""
+        result: ir.Value = self.nodes.op("Gelu", [x], attributes={"approximate": "tanh"})
+        return result
 
+    def swiglu(self, gate: ir.Value, x: ir.Value) -> ir.Value:
+        """silu(gate) · x."""
+        silu = self.nodes.op("Mul", [gate, self.nodes.op("Sigmoid", [gate])])
+        result: ir.Value = self.nodes.op("Mul", [silu, x])
+        return result
 
-def _swiglu(builder: tape.Tape, gate: ir.Value, x: ir.Value) -> ir.Value:
-    silu = builder.op("Mul", [gate, builder.op("Sigmoid", [gate])])
-    result: ir.Value = builder.op("Mul", [silu, x])
-    return result
+    def integer_product(self, x: ir.Value, operands: Sequence[ir.Value]) -> ir.Value:
+        """8-bit codes per row, one whole-number product, the row's scale, the bias.
 
+        Args:
+            operands: codes, scales, bias, and the scalar 128.
+        """
+        codes, scales, bias, zero = operands
+        row_codes, scale = self._row_codes(x, zero)
+        factors = [row_codes, codes, self._constant(1.0), self._as_float(scales), zero]
+        product = self.nodes.op("MatMulIntegerToFloat", factors, domain=_MS)
+        y = self.nodes.op("Add", [self.nodes.op("Mul", [product, scale]), bias])
+        leading = self.nodes.op("Shape", [x], attributes={"end": -1})
+        width = self.nodes.op("Shape", [codes], attributes={"start": 1})
+        shape = self.nodes.op("Concat", [leading, width], attributes={"axis": 0})
+        result: ir.Value = self.nodes.op("Reshape", [y, shape])
+        return result
 
-@dataclass(frozen=True)
-class _Body:
-    """A body under construction: its nodes so far, and the inputs that follow x."""
+    def block_product(
+        self, x: ir.Value, operands: Sequence[ir.Value], names: Sequence[str] = BLOCK_ATTRIBUTES
+    ) -> ir.Value:
+        """MatMulNBits, and the bias.
 
-    builder: tape.Tape
-    operands: list[ir.Value]
+        Args:
+            operands: codes, scales, bias, zero points or nothing.
+            names: attributes of the function that hold `BLOCK_ATTRIBUTES`.
+        """
+        codes, scales, bias, zeros = operands
+        attributes: dict[str, Any] = {
+            name: ir.RefAttr(name, source, ir.AttributeType.INT)
+            for name, source in zip(BLOCK_ATTRIBUTES, names, strict=True)
+        }
+        attributes["accuracy_level"] = ROUNDING_LEVEL
+        product = self.nodes.op(
+            "MatMulNBits", [x, codes, self._as_float(scales), zeros], attributes=attributes, domain=_MS
+        )
+        result: ir.Value = self.nodes.op("Add", [product, bias])
+        return result
 
-    def constant(self, value: float | int | list[int]) -> ir.Value:
+    def function(
+        self, inputs: Sequence[ir.Value], result: ir.Value, attributes: Sequence[str], opset: int
+    ) -> ir.Function:
+        """The function, whose attributes are integers that a node must give."""
+        opsets = {"": opset, _MS: 1}
+        graph = ir.Graph(inputs, [result], nodes=self.nodes.nodes, opset_imports=opsets, name=self.name)
+        required = [ir.Attr(name, ir.AttributeType.INT, None) for name in attributes]
+        return ir.Function(DOMAIN, self.name, "", graph=graph, attributes=required)
+
+    def _row_codes(self, x: ir.Value, zero: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Codes and scales of the rows of x: the same for all products of x."""
+        if x not in self._codes:
+            rows = self.nodes.op("Flatten", [x], attributes={"axis": -1})
+            axis = self._constant([-1])
+            bottom = self.nodes.op("Neg", [self.nodes.op("ReduceMin", [rows, axis])])
+            top = self.nodes.op("ReduceMax", [rows, axis])
+            peak = self.nodes.op("Max", [top, bottom, self._constant(_SMALLEST_PEAK)])
+            scale = self.nodes.op("Mul", [peak, self._constant(1 / _CODE_MAX)])
+            steps = self.nodes.op("Squeeze", [scale, axis])
+            zeros = self.nodes.op("Expand", [zero, self.nodes.op("Shape", [steps])])
+            codes = self.nodes.op("QuantizeLinear", [rows, steps, zeros], attributes={"axis": 0})
+            self._codes[x] = codes, scale
+        return self._codes[x]
+
+    def _constant(self, value: float | list[int]) -> ir.Value:
         kind = "value_ints" if isinstance(value, list) else "value_float"
-        made: ir.Value = self.builder.op("Constant", [], attributes={kind: value})
+        made: ir.Value = self.nodes.op("Constant", [], attributes={kind: value})
         return made
 
-    def as_float(self, scales: ir.Value) -> ir.Value:
-        made: ir.Value = self.builder.op("Cast", [scales], attributes={"to": ir.DataType.FLOAT})
+    def _as_float(self, scales: ir.Value) -> ir.Value:
+        made: ir.Value = self.nodes.op("Cast", [scales], attributes={"to": ir.DataType.FLOAT})
         return made
 
 
-def _integer_product(body: _Body, x: ir.Value) -> ir.Value:
-    """8-bit codes per row, one whole-number product, the row's scale, the bias."""
-    builder, (codes, scales, bias, zero) = body.builder, body.operands
-    rows = builder.op("Flatten", [x], attributes={"axis": -1})
-    axis = body.constant([-1])
-    bottom = builder.op("Neg", [builder.op("ReduceMin", [rows, axis])])
-    peak = builder.op("Max", [builder.op("ReduceMax", [rows, axis]), bottom, body.constant(_SMALLEST_PEAK)])
-    scale = builder.op("Mul", [peak, body.constant(1 / _CODE_MAX)])
-    steps = builder.op("Squeeze", [scale, axis])
-    zeros = builder.op("Expand", [zero, builder.op("Shape", [steps])])
-    row_codes = builder.op("QuantizeLinear", [rows, steps, zeros], attributes={"axis": 0})
-    operands = [row_codes, codes, body.constant(1.0), body.as_float(scales), zero]
-    product = builder.op("MatMulIntegerToFloat", operands, domain=_MS)
-    y = builder.op("Add", [builder.op("Mul", [product, scale]), bias])
-    leading = builder.op("Shape", [x], attributes={"end": -1})
-    shape = builder.op(
-        "Concat", [leading, builder.op("Shape", [codes], attributes={"start": 1})], attributes={"axis": 0}
-    )
-    result: ir.Value = builder.op("Reshape", [y, shape])
-    return result
-
-
-def _block_product(body: _Body, x: ir.Value) -> ir.Value:
-    """MatMulNBits, and the bias."""
-    codes, scales, bias, zeros = body.operands
-    attributes: dict[str, Any] = {
-        name: ir.RefAttr(name, name, ir.AttributeType.INT) for name in _BLOCK_ATTRIBUTES
-    }
-    attributes["accuracy_level"] = ROUNDING_LEVEL
-    operands = [x, codes, body.as_float(scales), zeros]
-    product = body.builder.op("MatMulNBits", operands, attributes=attributes, domain=_MS)
-    result: ir.Value = body.builder.op("Add", [product, bias])
-    return result
-
-
-_BLOCK_ATTRIBUTES = ("K", "N", "bits", "block_size")
-_FUSED = {
-    INT8_LINEAR: (GELU_INT8_LINEAR, SWIGLU_INT8_LINEAR),
-    BLOCK_LINEAR: (GELU_BLOCK_LINEAR, SWIGLU_BLOCK_LINEAR),
-}
-_ACTIVATIONS: tuple[Callable[..., ir.Value], ...] = (_plain, _gelu, _swiglu)
-_BODIES: dict[str, tuple[Callable[..., ir.Value], Callable[[_Body, ir.Value], ir.Value]]] = {
-    name: (activation, product)
-    for plain, product in ((INT8_LINEAR, _integer_product), (BLOCK_LINEAR, _block_product))
-    for name, activation in zip((plain, *_FUSED[plain]), _ACTIVATIONS, strict=True)
-}
-
-
-def _function(
-    name: str,
-    opset: int,
-    activation: Callable[..., ir.Value],
-    product: Callable[[_Body, ir.Value], ir.Value],
-) -> ir.Function:
-    is_block = product is _block_product
-    sources = [ir.Value(name=n) for n in (("gate", "x") if activation is _swiglu else ("x",))]
+def _function(name: str, family: str, opset: int) -> ir.Function:
+    body = Body(name)
+    is_block, is_gated = family == BLOCK_LINEAR, name == _FUSED[family][1]
+    sources = [ir.Value(name=n) for n in (("gate", "x") if is_gated else ("x",))]
     operands = [ir.Value(name=n) for n in ("codes", "scales", "bias", "zeros" if is_block else "zero")]
-    builder = tape.Tape()
-    result = product(_Body(builder, operands), activation(builder, *sources))
-    inputs = [*sources, *operands]
-    graph = ir.Graph(inputs, [result], nodes=builder.nodes, opset_imports={"": opset, _MS: 1}, name=name)
-    required = [ir.Attr(n, ir.AttributeType.INT, None) for n in (*_BLOCK_ATTRIBUTES, "symmetric")]
-    return ir.Function(DOMAIN, name, "", graph=graph, attributes=required if is_block else [])
+    x = body.swiglu(*sources) if is_gated else sources[0] if name == family else body.gelu(*sources)
+    result = (body.block_product if is_block else body.integer_product)(x, operands)
+    attributes = (*BLOCK_ATTRIBUTES, "symmetric") if is_block else ()
+    return body.function([*sources, *operands], result, attributes, opset)

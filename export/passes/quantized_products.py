@@ -35,6 +35,7 @@ from zreward.export import packed_weights as packed
 from zreward.export.irtools import add_initializer, input_of
 from zreward.export.packed_weights import Pack, PackedTensor, WeightReader
 from zreward.export.passes.quantized_linear import ROUNDING_LEVEL, block_linear, fuse_linears, int8_linear
+from zreward.export.passes.quantized_mlp import fuse_mlps
 from zreward.export.weights import CheckpointTensor
 from zreward.quant.source import QuantizedWeights
 from zreward.quant.tensor import CodebookFormat, QuantizedWeight, WeightFormat
@@ -63,6 +64,7 @@ def quantize_products_for_onnxruntime(
     """
     changes = _OnnxRuntimeProducts(model.graph, weights, accuracy_level).lower()
     fuse_linears(model)
+    fuse_mlps(model)
     return changes
 
 
