@@ -18,12 +18,12 @@ from zreward.quant.calibrate import calibration_items, default_data
 from zreward.quant.formats import open_checkpoint
 from zreward.quant.formats.gptq_writer import is_gptq_layer, write_gptq_checkpoint
 from zreward.quant.quantize import QuantizeOptions, plan, quantize
-from zreward.quant.scheme import DEFAULT_GROUP
 from zreward.quant.source import QuantizedCheckpoint
 from zreward.quant.tensor import BITS
 from zreward.staging import staged_directory
 
 _STORE = "quantized"
+_LARGEST_GROUP = 128  # what tools of GPTQ take where nothing is said
 
 
 def gptq_scheme(checkpoint: Checkpoint, bits: int, group_size: int | None, *, symmetric: bool) -> str:
@@ -37,7 +37,7 @@ def gptq_scheme(checkpoint: Checkpoint, bits: int, group_size: int | None, *, sy
     if bits not in BITS:
         raise QuantizationError(f"weights of {bits} bits are not supported; choose 4 or 8")
     inputs = [info.shape[1] for name, info in checkpoint.tensors.items() if is_gptq_layer(name)]
-    size = group_size or math.gcd(DEFAULT_GROUP, *inputs)
+    size = group_size or math.gcd(_LARGEST_GROUP, *inputs)
     base = "int4" if bits == 4 else "int8-weight"
     return f"none,model.language_model.*={base}-g{size}{'' if symmetric else '-asym'}"
 

@@ -9,7 +9,7 @@ A scheme is text. It begins with a format for everything that may be quantized, 
     format    int8             weights of 8 bits, a scale per output; inputs quantized per token
               int8-weight      weights of 8 bits, dequantized in the product
               int4             weights of 4 bits
-    suffixes  -g16 … -g256     inputs that share a scale, where not 128
+    suffixes  -g16 … -g256     inputs that share a scale, where not 64 (int4) or 128 (int8-weight)
               -asym            a zero point per group
               none             not quantized
 
@@ -27,7 +27,8 @@ from fnmatch import fnmatchcase
 from zreward.errors import QuantizationError
 from zreward.quant.tensor import WeightFormat
 
-DEFAULT_GROUP = 128
+DEFAULT_GROUPS = {"int8": 0, "int8-weight": 128, "int4": 64}
+"""Inputs that share a scale where a name does not say it; 0: the whole row."""
 
 _FORMAT = re.compile(r"(?P<base>int8-weight|int8|int4)(-g(?P<group>\d+))?(?P<asym>-asym)?")
 _BASES = {"int8": (8, "int8"), "int8-weight": (8, "float"), "int4": (4, "float")}
@@ -125,7 +126,7 @@ class Table:
 def parse_format(name: str) -> WeightFormat | None:
     """The format of a name such as `int4-g32-asym`; None for `none`.
 
-    Without `-g`, the weights of float products share a scale among 128 inputs, those of `int8` in the whole row.
+    Without `-g`, it has the group of `DEFAULT_GROUPS`.
     """
     if name == "none":
         return None
@@ -136,8 +137,8 @@ def parse_format(name: str) -> WeightFormat | None:
             "-g256 and -asym"
         )
     bits, activations = _BASES[match["base"]]
-    group = 0 if activations == "int8" else DEFAULT_GROUP
-    return WeightFormat(bits, int(match["group"] or group), not match["asym"], activations)
+    group = int(match["group"] or DEFAULT_GROUPS[match["base"]])
+    return WeightFormat(bits, group, not match["asym"], activations)
 
 
 def format_name(chosen: WeightFormat) -> str:

@@ -29,7 +29,7 @@ from zreward.quant.gptq import quantize_gptq
 from zreward.quant.gradients import PROBES, See, Trace, sweep_back
 from zreward.quant.inputs import TokenWeights, input_hessians, linear_of, rounded
 from zreward.quant.network import Activations, Block, BlockNetwork
-from zreward.quant.scheme import DEFAULT_GROUP, Table, block_formats
+from zreward.quant.scheme import DEFAULT_GROUPS, Table, block_formats
 from zreward.quant.tensor import QuantizedWeight, WeightFormat
 from zreward.quant.units import Unit, units_of
 
@@ -73,7 +73,7 @@ def alternatives(chosen: WeightFormat) -> tuple[WeightFormat, ...]:
     """What a unit may have under a budget instead of 4 bits: smaller groups, and 8 bits."""
     if chosen.bits != 4:
         return (chosen,)
-    size = chosen.group_size or DEFAULT_GROUP
+    size = chosen.group_size or DEFAULT_GROUPS["int4"]
     sizes = [size, *(finer for finer in _FINER if finer < size)]
     return tuple(replace(chosen, bits=bits, group_size=size) for bits in (4, 8) for size in sizes)
 

@@ -228,6 +228,12 @@ template <size_t n, int bits, bool has_zeros>
 void multiply_panel(Panel panel, Block block, Ahead ahead, const Layout& layout) {
   const __mmask16 mask_left = simd::first(block.width);
   const __mmask16 mask_right = block.width > 16 ? simd::first(block.width - 16) : 0;
+  __m512 bias_left = _mm512_setzero_ps(), bias_right = bias_left;
+  if (block.bias != nullptr) {
+    bias_left = _mm512_maskz_loadu_ps(mask_left, block.bias);
+    bias_right = _mm512_maskz_loadu_ps(mask_right, block.bias + 16);
+  }
+  alignas(64) float totals[n][kBlockOutputs];  // of the groups so far; rows of y may lie in one set of the cache
   for (size_t first = 0; first < layout.quads; first += layout.group_quads) {
     __m512i left[n], right[n];
 #pragma GCC unroll 14
@@ -264,21 +270,22 @@ void multiply_panel(Panel panel, Block block, Ahead ahead, const Layout& layout)
       block.codes += 4 * kBlockOutputs * bits / 8;
     }
     const __m512 scales_left = _mm512_load_ps(block.scales), scales_right = _mm512_load_ps(block.scales + 16);
-    __m512 bias_left = _mm512_setzero_ps(), bias_right = bias_left;
-    if (first == 0 && block.bias != nullptr) {
-      bias_left = _mm512_maskz_loadu_ps(mask_left, block.bias);
-      bias_right = _mm512_maskz_loadu_ps(mask_right, block.bias + 16);
-    }
+    const bool is_last = last == layout.quads;
 #pragma GCC unroll 14
     for (size_t r = 0; r < n; ++r) {
-      float* y = panel.y + r * panel.stride;
       const __m512 scale = _mm512_set1_ps(panel.scales[r]);
       const __m512 a = _mm512_mul_ps(_mm512_cvtepi32_ps(left[r]), scales_left);
       const __m512 b = _mm512_mul_ps(_mm512_cvtepi32_ps(right[r]), scales_right);
-      const __m512 so_far_left = first == 0 ? bias_left : _mm512_maskz_loadu_ps(mask_left, y);
-      const __m512 so_far_right = first == 0 ? bias_right : _mm512_maskz_loadu_ps(mask_right, y + 16);
-      _mm512_mask_storeu_ps(y, mask_left, _mm512_fmadd_ps(a, scale, so_far_left));
-      _mm512_mask_storeu_ps(y + 16, mask_right, _mm512_fmadd_ps(b, scale, so_far_right));
+      const __m512 total_left = _mm512_fmadd_ps(a, scale, first == 0 ? bias_left : _mm512_load_ps(totals[r]));
+      const __m512 total_right = _mm512_fmadd_ps(b, scale, first == 0 ? bias_right : _mm512_load_ps(totals[r] + 16));
+      if (is_last) {
+        float* y = panel.y + r * panel.stride;
+        _mm512_mask_storeu_ps(y, mask_left, total_left);
+        _mm512_mask_storeu_ps(y + 16, mask_right, total_right);
+      } else {
+        _mm512_store_ps(totals[r], total_left);
+        _mm512_store_ps(totals[r] + 16, total_right);
+      }
     }
     panel.sums += kPanelRows;
     panel.scales += kPanelRows;

@@ -54,9 +54,9 @@ def test_the_name_of_a_format_reads_back_as_the_format(fmt: WeightFormat) -> Non
         ("none", None),
         ("int8", WeightFormat(8, 0, True, "int8")),
         ("int8-weight", WeightFormat(8, 128)),
-        ("int4", WeightFormat(4, 128)),
+        ("int4", WeightFormat(4, 64)),
         ("int4-g32", WeightFormat(4, 32)),
-        ("int4-asym", WeightFormat(4, 128, False)),
+        ("int4-asym", WeightFormat(4, 64, False)),
         ("int8-weight-g64-asym", WeightFormat(8, 64, False)),
     ],
 )
@@ -143,7 +143,7 @@ def test_exceptions_are_tried_in_order() -> None:
 
 def test_none_with_exceptions_quantizes_only_those() -> None:
     table = resolve(Scheme.parse("none,*.down_proj=int4"), SHAPES)
-    assert table.formats == {f"{LAYER}.mlp.down_proj.weight": WeightFormat(4, 128)}
+    assert table.formats == {f"{LAYER}.mlp.down_proj.weight": WeightFormat(4, 64)}
 
 
 @pytest.mark.parametrize("text", ["none", "none,*.up_proj=none"])
@@ -177,7 +177,9 @@ def test_wildcards_pass_over_what_must_stay() -> None:
 
 
 def test_an_open_group_size_is_halved_and_a_named_one_must_divide() -> None:
-    assert resolve(Scheme.parse("int4"), SHAPES).formats[f"{LAYER}.mlp.up_proj.weight"].group_size == 64
+    assert (
+        resolve(Scheme.parse("int8-weight"), SHAPES).formats[f"{LAYER}.mlp.up_proj.weight"].group_size == 64
+    )
     with pytest.raises(QuantizationError, match=r"up_proj: group size 128 does not divide 192"):
         resolve(Scheme.parse("int4-g128"), SHAPES)
     # A size that one exception names binds that exception only.
