@@ -1,12 +1,12 @@
-"""What MatMulNBits' accuracy level does to the scores.
+"""What rounding the inputs of products with scales for blocks does to the scores.
 
-Level 4 rounds the inputs of a product to 8 bits per block, level 0 multiplies them as floats.
+Their bodies are MatMulNBits, whose accuracy level 4 rounds the inputs to 8 bits per block; level 0 multiplies floats.
+Both are run by ONNX Runtime's own operators, without the kernels of this project, which only have level 4.
 
     python benchmarks/accuracy_level.py CHECKPOINT BUNDLE... --output build/accuracy-level.json
 
 The bundles are quantized exports of CHECKPOINT (`benchmarks/quantization_table.py --keep` leaves some). Each is scored
-on the same held-out scenes with either level in its graphs and compared with the unquantized checkpoint. What the
-levels do to the speed is in `benchmarks/quantized_products.py`.
+on the same held-out scenes with either level in its graphs and compared with the unquantized checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from quantization_table import as_markdown, exported, measured, quiet
 from zreward.bundle import Bundle, file_entries, write_manifest
 from zreward.export.quantized import probabilities
 from zreward.quant.calibrate import HELD_OUT_SEED, scene_items
+from zreward.runtime.kernels import DISABLE
 
 LEVELS = (4, 0)
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
+    os.environ[DISABLE] = "1"
     items = scene_items(HELD_OUT_SEED, options.prompts, 6)
     rows = []
     print("| quantization | bits | mean KL | mean abs Δμ | flips | HPA change, points |")
@@ -55,17 +58,17 @@ def main() -> None:
 
 
 def with_level(source: Path, level: int, output: Path) -> Bundle:
-    """A copy of the bundle whose MatMulNBits all have `level`; there must be some."""
+    """A copy of the bundle whose functions have MatMulNBits of `level`; there must be some."""
     shutil.copytree(source, output)
     n_products = 0
     for path in output.glob("*.onnx"):
         model = ir.load(path)
-        for node in model.graph:
+        for node in (node for function in model.functions.values() for node in function):
             if node.op_type == "MatMulNBits":
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
                 n_products += 1
         ir.save(model, path)
-    assert n_products, f"{source}: no MatMulNBits in its graphs"
+    assert n_products, f"{source}: no MatMulNBits in its functions"
     manifest = Bundle.open(source).manifest
     (output / "manifest.json").unlink()
     write_manifest(output, dataclasses.replace(manifest, files=file_entries(output)))

@@ -1,13 +1,13 @@
-"""Quantized products of ONNX Runtime on the layer shapes of the 0.8B model: milliseconds and ratios.
+"""Quantized products on the layer shapes of the 0.8B model: milliseconds and ratios.
 
     python benchmarks/quantized_products.py --json build/quantized-products.json
 
 Every layer is a graph of all products that read one input (gate and up, queries, keys and values, …), lowered by
-the passes that exports use; the 8-bit one runs with the kernels of `zreward.runtime.kernels` and without them. Beside
-them: DynamicQuantizeMatMul as it is, which finds one scale for all rows and
-whose speed is the bound to keep, the same on rows divided by their largest magnitude, and float32. A
-repetition runs each form once, in turn, so that a change of the machine's speed meets all of them; quoted are
-medians, and the median of the ratios within a repetition.
+the passes that exports use, and runs with the kernels of `zreward.runtime.kernels` or, where its name says so, without
+them. Beside them: DynamicQuantizeMatMul as it is, which finds one scale for all rows and whose speed is the bound to
+keep, the same on rows divided by their largest magnitude, and float32. A repetition runs each form once, in turn, so
+that a change of the machine's speed meets all of them; quoted are medians, and the median of the ratios within a
+repetition.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LAYERS: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 """Inputs, and the outputs of each product that reads them."""
 
-PLAIN, PER_TOKEN, BODIES = "DynamicQuantizeMatMul", "int8 per token", "int8, no kernels"
+PLAIN, PER_TOKEN, NO_KERNELS = "DynamicQuantizeMatMul", "int8 per token", ", no kernels"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def measured(
 ) -> dict[str, list[float]]:
     """Seconds of each repetition, by form."""
     runs = {
-        name: run_of(build(inputs, outputs), rows, inputs, threads, kernels=name == PER_TOKEN)
+        name: run_of(build(inputs, outputs), rows, inputs, threads, kernels=not name.endswith(NO_KERNELS))
         for name, build in FORMS.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -220,11 +220,12 @@ def dynamic(*, divided: bool) -> Callable[[int, tuple[int, ...]], ir.Model]:
 FORMS: dict[str, Callable[[int, tuple[int, ...]], ir.Model]] = {
     PLAIN: dynamic(divided=False),
     PER_TOKEN: lowered(WeightFormat(8, activations="int8"), 4),
-    BODIES: lowered(WeightFormat(8, activations="int8"), 4),
+    f"int8{NO_KERNELS}": lowered(WeightFormat(8, activations="int8"), 4),
     "divided rows": dynamic(divided=True),
-    "4 bits, level 4": lowered(WeightFormat(4, 128), 4),
-    "4 bits, level 0": lowered(WeightFormat(4, 128), 0),
-    "8 bits, level 4": lowered(WeightFormat(8, 128), 4),
+    "4 bits": lowered(WeightFormat(4, 64), 4),
+    f"4 bits{NO_KERNELS}": lowered(WeightFormat(4, 64), 4),
+    "4 bits, float inputs": lowered(WeightFormat(4, 64), 0),
+    "8 bits in groups": lowered(WeightFormat(8, 128), 4),
     "float32": lambda inputs, outputs: float_products(inputs, outputs, WeightFormat(8))[0],
 }
 
