@@ -3,7 +3,8 @@
     python benchmarks/random_checkpoint.py --shape 0.8B --output build/random-0.8B
     zreward export build/random-0.8B -o build/bundle-0.8B-int8 --no-parity --quant int8
     python benchmarks/latency.py build/random-0.8B --systems transformers,zreward-int8=build/bundle-0.8B-int8 \\
-        --systems openvino-int8,openvino-int8-passes,openvino-int4 --python openvino=build/openvino/bin/python
+        --systems openvino-int8,openvino-int8-passes,openvino-int4 --python openvino=build/openvino/bin/python \\
+        --systems llamacpp-q8_0,llamacpp-q4_0 --python llamacpp=build/llamacpp/bin/python
 
 Every system is a process of its own in an environment of its own (benchmarks/systems: each file says what it needs
 and how its system is set) and gets the same tokens, positions and pixels. `NAME=BUNDLE` is a bundle of this project,
@@ -54,12 +55,18 @@ PROMPT = "a red fox in the snow under a full moon, watercolour"
 REFERENCE = "transformers"
 SETTLE_SECONDS = 0.3  # ONNX Runtime's threads spin for some 50 ms after a run
 PARTS = ("vision", "prefix", "suffixes", "passes")
-OPENVINO: dict[str, list[str]] = {
+CONVERTED: dict[str, list[str]] = {
     "openvino-float": ["--weights", "float"],
     "openvino-int8": ["--weights", "int8"],
     "openvino-int8-passes": ["--weights", "int8", "--full-passes"],
     "openvino-int4": ["--weights", "int4"],
+    "llamacpp-float": ["--weights", "float"],
+    "llamacpp-bf16": ["--weights", "bf16"],
+    "llamacpp-q8_0": ["--weights", "q8_0"],
+    "llamacpp-q4_0": ["--weights", "q4_0"],
 }
+"""Systems that convert the checkpoint into the cache, and the options that say how."""
+
 KEPT = {"-kept": ["--keep", "system"], "-next": ["--keep", "text"]}
 FLAGS = ("avx", "amx", "fma", "f16c", "asimd", "i8mm", "sve")  # the reported ones begin so
 
@@ -195,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    known = ", ".join([REFERENCE, *OPENVINO])
+    known = ", ".join([REFERENCE, *CONVERTED])
     parser.add_argument(
         "--systems", action="append", required=True, help=f"comma list of {known}, zreward-…=BUNDLE"
     )
@@ -212,7 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments.systems = [name for group in arguments.systems for name in group.split(",")]
     for system in arguments.systems:
         name, _, bundle = system.partition("=")
-        if not (name.startswith("zreward") if bundle else name == REFERENCE or plain(name)[0] in OPENVINO):
+        if not (name.startswith("zreward") if bundle else name == REFERENCE or plain(name)[0] in CONVERTED):
             parser.error(f"no system {system!r}; there are {known}, and zreward-…=BUNDLE")
     if arguments.repetitions < 1 or not all("=" in python for python in arguments.python):
         parser.error("--repetitions is at least 1, and --python is FAMILY=PATH")
@@ -279,9 +286,9 @@ def command_of(system: str, arguments: argparse.Namespace) -> list[str]:
     if bundle:
         return [*command, "--bundle", bundle, *plain(name)[1]]
     command += ["--checkpoint", str(arguments.checkpoint)]
-    if family == "openvino":
-        base, keep = plain(name)
-        command += ["--cache", str(arguments.cache), *OPENVINO[base], *keep]
+    base, keep = plain(name)
+    if base in CONVERTED:
+        command += ["--cache", str(arguments.cache), *CONVERTED[base], *keep]
     return command
 
 
