@@ -4,7 +4,7 @@
     zreward export build/random-0.8B -o build/bundle-0.8B-int8 --no-parity --quant int8
     python benchmarks/latency.py build/random-0.8B --systems transformers,zreward-int8=build/bundle-0.8B-int8 \\
         --systems openvino-int8,openvino-int8-passes,openvino-int4 --python openvino=build/openvino/bin/python \\
-        --systems llamacpp-q8_0,llamacpp-q4_0 --python llamacpp=build/llamacpp/bin/python
+        --systems onnxruntime-int4,llamacpp-bf16,llamacpp-q8_0,llamacpp-q4_0 --python llamacpp=build/llamacpp/bin/python
 
 Every system is a process of its own in an environment of its own (benchmarks/systems: each file says what it needs
 and how its system is set) and gets the same tokens, positions and pixels. `NAME=BUNDLE` is a bundle of this project,
@@ -64,6 +64,8 @@ CONVERTED: dict[str, list[str]] = {
     "llamacpp-bf16": ["--weights", "bf16"],
     "llamacpp-q8_0": ["--weights", "q8_0"],
     "llamacpp-q4_0": ["--weights", "q4_0"],
+    "onnxruntime-float": ["--weights", "float"],
+    "onnxruntime-int4": ["--weights", "int4"],
 }
 """Systems that convert the checkpoint into the cache, and the options that say how."""
 
