@@ -24,7 +24,7 @@ bfloat16) at 512×512, 804 tokens of prefix:
 - It is compiled for this processor, with a BLAS library left out as by default. Q4_0 is then repacked for 8-bit
   products; on x86 Q8_0 is not, and took a quarter longer. `bf16` has the shortest prefix of all.
 - The vision tower is bfloat16 with flash attention, 2.0 to 2.3 s: float16 3.0 s, 8 bits 2.9 s; without flash attention
-  2.6 s, and over half as much again at 1024×1024.
+  2.6 s.
 - The image reaches it as the pixels that the job's patches were made of. That llama.cpp normalizes them is outside the
   measurement, as for the others.
 - The prefix is one batch of embeddings, image and text, with M-RoPE positions. It is worked on in micro-batches of 256

@@ -200,7 +200,7 @@ struct Bfloat16 {
         _mm512_store_si512(part + d, _mm512_or_si512(half(t, d), _mm512_slli_epi32(half(t + 1, d), 16)));
   }
 
-  // sum += the two products in each lane. Inline for the same reason as in int8_linear.cpp.
+  // sum += the two products in each lane. Inline for the same reason as in quantized_product.cpp.
   static inline void add_products(__m512& sum, __m512i a, __m512i b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   }
