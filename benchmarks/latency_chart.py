@@ -21,6 +21,9 @@ COLOURS = {
     "zreward-int4": "#5bb3a8",
     "openvino-int8": "#b7791f",
     "openvino-int4": "#dcb269",
+    "llamacpp-bf16": "#6d4fa3",
+    "llamacpp-q4_0": "#a893cf",
+    "onnxruntime-int4": "#c0587e",
     "transformers": "#8a8f98",
 }
 CANDIDATES = (1, 2, 4, 8, 16)

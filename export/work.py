@@ -28,8 +28,14 @@ _MICROSOFT = "com.microsoft"
 _PASSES_WEIGHT = ("Cast", "DequantizeLinear")
 _READS_TABLES = ("Add", "Cast", "DequantizeLinear", "Gather", "Mul")
 _COMPUTES_MORE = ("Conv", "ConvTranspose", "Einsum", "If", "Loop", "MatMulInteger", "QLinearMatMul", "Scan")
-_FREE = ("AddLayerNorm", "AddRmsNorm", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
-"""Operators outside the standard ones that multiply no matrices."""
+_FREE = (
+    "AddLayerNorm",
+    "AddRmsNorm",
+    "InterpolatePositions",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+)
+"""Operators outside the standard ones that multiply no matrices, or next to nothing."""
 
 _log = logging.getLogger(__name__)
 

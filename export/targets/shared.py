@@ -10,6 +10,7 @@ from zreward.export.passes.dead_outputs import remove_dead_outputs
 from zreward.export.passes.delta_norm import add_delta_norm_epsilon
 from zreward.export.passes.last_position import read_last_positions
 from zreward.export.passes.patch_embedding import lower_patch_embedding
+from zreward.export.passes.position_table import interpolate_positions
 from zreward.export.passes.rotary_table import trim_rotary_tables
 from zreward.export.passes.score_head import fuse_score_head
 from zreward.export.passes.single_image import specialize_single_image
@@ -32,6 +33,7 @@ def simplify(
     add_delta_norm_epsilon(graphs.decoder)
     trim_rotary_tables(graphs.decoder, n_positions)
     specialize_single_image(graphs.vision)
+    interpolate_positions(graphs.vision)
     lower_patch_embedding(graphs.vision)
     for model in (graphs.vision, graphs.decoder):
         transpose_weights(model)
