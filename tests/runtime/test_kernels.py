@@ -302,6 +302,31 @@ def test_layers_of_blocks_equal_their_bodies(name: str, size: tuple[int, int, in
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("codes", np.zeros((33, 2, 16), dtype=np.uint8), "the codes do not fit"),
+        ("scales", np.ones((32, 1), dtype=np.float16), "one scale for each output and group"),
+        ("scales", np.ones((32, 2), dtype=np.int32), "float32 or float16"),
+        ("zeros", np.zeros((32, 2), dtype=np.uint8), "one packed zero point"),
+        ("bias", np.zeros(31, dtype=np.float32), "the bias must have one value"),
+        ("block_size", 12, "none that the operator has"),
+        ("bits", 3, "none that the operator has"),
+    ],
+)
+def test_layers_of_blocks_refuse_parts_that_do_not_fit(part: str, values: Any, message: str) -> None:
+    model = block_model(linear.BLOCK_LINEAR, 64, 32, 4, 32, symmetric=False, bias=True)
+    if isinstance(values, int):
+        next(iter(model.graph)).attributes[part] = ir.AttrInt64(part, values)
+    else:
+        value = model.graph.initializers[part]
+        value.const_value = ir.tensor(values, name=part)
+        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    with pytest.raises(Exception, match=message):
+        run_onnxruntime(model, {"x": np.ones((1, 1, 64), dtype=np.float32)}, kernels=True)
+
+
+@needs_kernels
 def test_a_row_is_its_own_and_one_that_is_not_finite_has_no_answer() -> None:
     model = linear_model(linear.INT8_LINEAR, 96, 40)
     x = normal(np.random.default_rng(0), 1, 31, 96)
