@@ -1,6 +1,6 @@
-// Linear layers and feed-forward networks whose weights are codes (quantized_product.h): one scale for a row of inputs in
-// Int8Linear, one for each block in BlockLinear. The same arithmetic, in operators of ONNX Runtime, is the body of the
-// functions of these names in every graph (export/passes/quantized_linear.py).
+// Linear layers and feed-forward networks whose weights are codes (quantized_product.h): one scale for a row of inputs
+// in Int8Linear, one for each block in BlockLinear. The same arithmetic, in operators of ONNX Runtime, is the body of
+// the functions of these names in every graph (export/passes/quantized_linear.py, quantized_mlp.py).
 #include <algorithm>
 #include <memory>
 
@@ -12,6 +12,7 @@ namespace zreward {
 namespace {
 
 constexpr size_t kChunkBytes = 400000;  // of quantized rows that one pass over the weights keeps in the second cache
+constexpr size_t kStreamedBytes = 2000000;  // outputs that are larger would not stay in the second cache
 constexpr size_t kTaskPanels = 3;       // that a thread takes through a feed-forward network at once
 constexpr size_t kFewPanels = 8;
 
@@ -94,13 +95,14 @@ void multiply_all(const Context& context, const Rows& rows, size_t n_rows, const
   const Layout& layout = weights.layout;
   const size_t blocks = layout.n_blocks(), n_tasks = std::min<size_t>(blocks, 16);
   const size_t chunk = std::max<size_t>(1, kChunkBytes / layout.panel_bytes()) * kPanelRows;
+  const bool streams = n_rows * layout.outputs * sizeof(float) > kStreamedBytes;
   context.parallel(n_tasks, [&](size_t task) {
     const size_t end = blocks * (task + 1) / n_tasks;
     for (size_t row = 0; row < n_rows; row += chunk)
       for (size_t block = blocks * task / n_tasks; block < end; ++block)
         multiply(rows.from(row / kPanelRows, layout), std::min(chunk, n_rows - row), weights, block,
                  weights.codes(std::min(block + 1, end - 1)), product.bias(block),
-                 y + row * layout.outputs + block * kBlockOutputs, layout.outputs);
+                 y + row * layout.outputs + block * kBlockOutputs, layout.outputs, streams);
   });
 }
 

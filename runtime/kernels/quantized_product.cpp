@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kSignedOffset = 128;  // of int8 codes; adding it flips a code's highest bit
 constexpr float kSmallestPeak = 1e-30f;
+constexpr size_t kLanes = 16;
 
 }  // namespace
 
@@ -215,6 +216,7 @@ struct Panel {
   const int32_t* sums;
   float* y;
   size_t stride;
+  bool streams;
 };
 
 // What to fetch into the second cache meanwhile: one line for every four inputs.
@@ -280,8 +282,13 @@ void multiply_panel(Panel panel, Block block, Ahead ahead, const Layout& layout)
       const __m512 total_right = _mm512_fmadd_ps(b, scale, first == 0 ? bias_right : _mm512_load_ps(totals[r] + 16));
       if (is_last) {
         float* y = panel.y + r * panel.stride;
-        _mm512_mask_storeu_ps(y, mask_left, total_left);
-        _mm512_mask_storeu_ps(y + 16, mask_right, total_right);
+        if (panel.streams) {
+          _mm512_stream_ps(y, total_left);
+          _mm512_stream_ps(y + 16, total_right);
+        } else {
+          _mm512_mask_storeu_ps(y, mask_left, total_left);
+          _mm512_mask_storeu_ps(y + 16, mask_right, total_right);
+        }
       } else {
         _mm512_store_ps(totals[r], total_left);
         _mm512_store_ps(totals[r] + 16, total_right);
@@ -353,11 +360,12 @@ void quantize(Input kind, const float* x, const float* gate, size_t n_rows, cons
 }
 
 void multiply(const Rows& rows, size_t n_rows, const Weights& weights, size_t block, const uint8_t* next,
-              const float* bias, float* y, size_t stride) {
+              const float* bias, float* y, size_t stride, bool streams) {
   const Layout& layout = weights.layout;
   const auto& products = kMultiply[layout.bits == 8][weights.zeros(block) != nullptr];
   const Block operand{weights.codes(block), weights.scales(block), weights.zeros(block),
                       weights.zero,         bias,                  weights.width(block)};
+  const bool fits = operand.width == kBlockOutputs && stride % kLanes == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   const size_t lines = layout.quad_bytes() / 64;  // of codes, for every four inputs
   for (size_t panel = 0; panel * kPanelRows < n_rows; ++panel) {
     const size_t first = panel * kPanelRows;
@@ -365,8 +373,9 @@ void multiply(const Rows& rows, size_t n_rows, const Weights& weights, size_t bl
     // The first panels fetch the parts of the next block, which may lie in main memory.
     const Ahead ahead = panel < lines ? Ahead{next + panel * layout.quads * 64, 64} : Ahead{next, 0};
     products[std::min(kPanelRows, n_rows - first) - 1](
-        Panel{part.codes, part.scales, part.sums, y + first * stride, stride}, operand, ahead, layout);
+        Panel{part.codes, part.scales, part.sums, y + first * stride, stride, streams && fits}, operand, ahead, layout);
   }
+  if (streams) _mm_sfence();
 }
 
 void apply_gate(const float* gate, size_t gate_stride, size_t n_rows, size_t width, float* x, size_t x_stride) {

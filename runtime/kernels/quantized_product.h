@@ -98,9 +98,10 @@ class RowMemory {
 void quantize(Input kind, const float* x, const float* gate, size_t n_rows, const Layout& layout, const Rows& rows);
 
 // y [n_rows, stride] = rows · the outputs of one block (+ bias [width], where it is not null). Meanwhile the codes at
-// `next`, as many as this block has, are fetched into the second cache.
+// `next`, as many as this block has, are fetched into the second cache. Where `streams` is set, y is written past the
+// caches, which would first read what is overwritten.
 void multiply(const Rows& rows, size_t n_rows, const Weights& weights, size_t block, const uint8_t* next,
-              const float* bias, float* y, size_t stride);
+              const float* bias, float* y, size_t stride, bool streams = false);
 
 // x [n_rows, width] = silu(gate) · x, with rows of x_stride and gate_stride.
 void apply_gate(const float* gate, size_t gate_stride, size_t n_rows, size_t width, float* x, size_t x_stride);

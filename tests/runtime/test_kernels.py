@@ -39,8 +39,10 @@ needs_bfloat16 = pytest.mark.skipif(
     reason="this processor has no products of bfloat16",
 )
 
-# inputs, outputs, rows: one of everything, ends of quads, panels of 14 rows and blocks of 32 outputs, real layers
+# inputs, outputs, rows: one of everything, ends of quads, panels of 14 rows and blocks of 32 outputs, real layers,
+# outputs that are written past the caches
 SIZES = [(1, 1, 1), (5, 3, 2), (16, 32, 14), (17, 33, 15), (100, 130, 29), (192, 576, 77), (1024, 200, 3)]
+SIZES += [(16, 4096, 130), (16, 4112, 130), (16, 4100, 130)]
 LINEARS = (linear.INT8_LINEAR, linear.GELU_INT8_LINEAR, linear.SWIGLU_INT8_LINEAR)
 BLOCK_LINEARS = (linear.BLOCK_LINEAR, linear.GELU_BLOCK_LINEAR, linear.SWIGLU_BLOCK_LINEAR)
 
