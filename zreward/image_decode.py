@@ -79,6 +79,22 @@ def load_image(source: ImageInput) -> Image.Image:
     raise ImageError(f"image is of type {kind}; expected a path, bytes, a PIL image or a uint8 array")
 
 
+def check_header(path: Path) -> None:
+    """Refuse a file that is missing, no image, or too large, by its header alone: a millisecond, not a decoding.
+
+    Raises:
+        ImageError: what `load_image` would say of the header. Pixels may still turn out to be damaged.
+    """
+    where = f"image {path}"
+    try:
+        if not path.is_file():
+            raise ImageError(f"{where}: no such file; check the path (URLs are not fetched)")
+        with path.open("rb") as stream, _opened(stream, where) as image:
+            _check_size(*image.size, where)
+    except OSError as error:
+        raise ImageError(f"{where}: cannot be read: {error.strerror}") from error
+
+
 def _image_from_path(source: str | os.PathLike[str]) -> Image.Image:
     text = os.fsdecode(source)
     # Base64 or file content handed over as a path would otherwise fill the screen.
@@ -103,9 +119,15 @@ def _image_from_stream(stream: IO[bytes], where: str) -> Image.Image:
             f"{where}: not decoded, because PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process and a "
             "damaged file would be padded and scored; set it to False or pass decoded PIL images"
         )
+    with _opened(stream, where) as image:
+        return _rgb_from_image(image, where)
+
+
+def _opened(stream: IO[bytes], where: str) -> Image.Image:
+    """The image with its header read and its pixels not yet decoded."""
     try:
         with _quiet_pillow():
-            image = Image.open(stream, formats=_readable_formats())
+            return Image.open(stream, formats=_readable_formats())
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{where}: not an image that can be read; expected one of {', '.join(_readable_formats())}"
@@ -114,8 +136,6 @@ def _image_from_stream(stream: IO[bytes], where: str) -> Image.Image:
         raise ImageError(f"{where}: {error} Make it smaller, at most {MAX_SOURCE_PIXELS} pixels") from error
     except Exception as error:  # plugins raise OSError, ValueError, EOFError, KeyError, … on damaged headers
         raise ImageError(f"{where}: damaged header ({_reason(error)}); replace the file") from error
-    with image:
-        return _rgb_from_image(image, where)
 
 
 def _image_from_array(array: NDArray[Any]) -> Image.Image:

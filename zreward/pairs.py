@@ -1,9 +1,14 @@
 """JSONL files of (prompt, image) pairs: what `zreward score --input` and `zreward eval` read.
 
-A line is an object with `prompt`, `image` (a path, relative to the folder of the file), optionally `id`
-(a string or an integer, handed through) and optionally `scores` (the annotated score per dimension, which
-data sets have). Other keys are errors, since a misspelt one would be ignored silently. Each line has a
-digest, by which an answer can later be matched with the line that it answers.
+A line is an object with `prompt`, `image` (a path, relative to the folder of the file) and optionally
+
+    id            a string or an integer, handed through
+    scores        the annotated score per dimension, which data sets have
+    annotations   what each annotator said per dimension, as a list of scores or as counts by score; a dimension that
+                  has these and no score gets their aggregate (`zreward.annotations`)
+
+Lines with the same prompt are candidates of one prompt. Other keys are errors, since a misspelt one would be ignored
+silently. Each line has a digest, by which an answer can later be matched with the line that it answers.
 """
 
 from __future__ import annotations
@@ -12,17 +17,18 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from zreward.annotations import Histogram
 from zreward.errors import UsageError, ZrewardError
 from zreward.jsonfile import parse_json_object
 
 MAX_LINE_BYTES = 1 << 20
 """Longer lines are errors, so that a file without line breaks is not read into memory."""
 
-KNOWN_KEYS = ("prompt", "image", "id", "scores")
+KNOWN_KEYS = ("prompt", "image", "id", "scores", "annotations")
 
 
 class LineError(ZrewardError):
@@ -49,11 +55,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the path of an image; `scores` per dimension is empty where the line has none."""
+    """A prompt and the path of an image; `scores` and `annotations` have the dimensions that the line has."""
 
     prompt: str
     image: Path
     scores: Mapping[str, float]
+    annotations: Mapping[str, Histogram] = field(default_factory=dict)
+    id: str | int | None = None
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Line]:
@@ -103,7 +111,9 @@ def pair_from_object(item: Mapping[str, Any], folder: Path) -> Pair:
     scores = item.get("scores", {})
     if not isinstance(scores, dict) or not all(_is_score(value) for value in scores.values()):
         raise LineError("'scores' must be an object with one finite number per dimension")
-    return Pair(item["prompt"], folder / item["image"], scores)
+    annotations = _annotations(item.get("annotations", {}))
+    aggregates = {name: histogram.aggregate for name, histogram in annotations.items()}
+    return Pair(item["prompt"], folder / item["image"], aggregates | scores, annotations, item.get("id"))
 
 
 def read_labelled_pairs(path: Path) -> Iterator[tuple[Line, Pair]]:
@@ -124,6 +134,18 @@ def read_labelled_pairs(path: Path) -> Iterator[tuple[Line, Pair]]:
             if not pair.scores:
                 raise UsageError(f"{path}, line {line.number}: no 'scores'; an evaluation needs labels")
             yield line, pair
+
+
+def _annotations(value: object) -> dict[str, Histogram]:
+    if not isinstance(value, dict):
+        raise LineError("'annotations' must be an object with the scores of each dimension")
+    found = {}
+    for name, raw in value.items():
+        try:
+            found[name] = Histogram.from_json(raw)
+        except ValueError as error:
+            raise LineError(f"'annotations' of {name!r}: {error}") from None
+    return found
 
 
 def _is_score(value: object) -> bool:
