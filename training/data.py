@@ -97,7 +97,7 @@ class TrainingSet:
         histogram = self.items[question.item].annotations.get(name)
         bins = np.array(self.contract.bins)
         if histogram is None:
-            return shares_on_bins(np.array([self.scores[question]]), bins)[0]
+            return np.asarray(shares_on_bins(np.array([self.scores[question]]), bins)[0])
         shares = shares_on_bins(np.array(histogram.scores), bins)
         return np.asarray(np.array(histogram.counts) @ shares / histogram.n)
 

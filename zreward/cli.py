@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from zreward import __version__
-from zreward.commands import bench, bundles, data, demo, evaluate, export, quantize, score
+from zreward.commands import bench, bundles, data, demo, evaluate, export, quantize, score, train
 from zreward.commands.console import say
 from zreward.errors import ZrewardError
 
@@ -46,9 +46,11 @@ app.command("score")(score.score)
 app.command("bench")(bench.bench)
 app.command("bench compare")(bench.bench_compare)
 app.command("eval")(evaluate.evaluate)
+app.command("train")(train.train)
 
 data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
 data_app.command("scenes")(data.scenes)
+data_app.command("convert")(data.convert)
 app.add_typer(data_app, name="data")
 
 

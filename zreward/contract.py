@@ -26,6 +26,9 @@ CONTRACT_FILE = "contract.json"
 CONTRACT_VERSION = 1
 
 DEFAULT_BINS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
+THINK, END_THINK = "<think>\n", "\n</think>\n\n"
+"""What opens and closes a reasoning trace in the chat format of Qwen; with nothing between them, thinking is off."""
+
 DEFAULT_CODES = ("1", "2", "3", "4", "5", "6", "7", "8", "9")
 
 
@@ -89,6 +92,23 @@ class ChatTemplate:
         _expect_fields("template.question", self.question, ("{question}",))
         if not self.image_token:
             raise ContractError("template.image_token is empty")
+
+    @property
+    def reasoning_question(self) -> str:
+        """`question` with its empty think block left open: a reasoning trace follows it.
+
+        After the trace come `END_THINK` and the answer, as after `question` itself.
+
+        Raises:
+            ContractError: the question does not end in an empty think block, so nothing says where a trace would go.
+        """
+        empty = THINK + END_THINK
+        if not self.question.endswith(empty):
+            raise ContractError(
+                f"template.question must end in an empty think block ({empty!r}) for a model that reasons before it "
+                f"answers; it is {self.question!r}"
+            )
+        return self.question.removesuffix(END_THINK)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Labels:
         dimensions: names, in the order of the columns.
         pairs: prompt and image of each item.
         digests: of the line of each item, by which scores in a file are matched.
-        scores: the labels, float64 [n, dimensions].
+        scores: the labels, float64 [n, dimensions]; NaN where an item has none.
     """
 
     dimensions: tuple[str, ...]
@@ -69,25 +69,20 @@ class Agreement:
 
 
 def read_labels(path: Path) -> Labels:
-    """Read a data set; its first line says which dimensions are labelled.
+    """Read a data set; a dimension that some lines have no label in is NaN there.
 
     Raises:
-        UsageError: there is no such file, it is empty, or a line is malformed or lacks a dimension.
+        UsageError: there is no such file, it is empty, or a line is malformed or has no label at all.
     """
     pairs: list[Pair] = []
     digests: list[str] = []
     for line, pair in read_labelled_pairs(path):
-        if pairs and pair.scores.keys() != pairs[0].scores.keys():
-            raise UsageError(
-                f"{path}, line {line.number}: labelled are {', '.join(sorted(pair.scores))}, but in line 1 "
-                f"{', '.join(sorted(pairs[0].scores))}; label the same dimensions in each line"
-            )
         pairs.append(pair)
         digests.append(line.digest)
     if not pairs:
         raise UsageError(f"{path}: the data set is empty")
-    dimensions = tuple(pairs[0].scores)
-    scores = np.array([[pair.scores[name] for name in dimensions] for pair in pairs], dtype=np.float64)
+    dimensions = tuple(dict.fromkeys(name for pair in pairs for name in pair.scores))
+    scores = np.array([[pair.scores.get(name, np.nan) for name in dimensions] for pair in pairs])
     return Labels(dimensions, tuple(pairs), tuple(digests), scores)
 
 
@@ -121,25 +116,27 @@ def read_predictions(path: Path, labels: Labels) -> Floats:
 
 
 def compare(predictions: Floats, labels: Labels) -> list[Agreement]:
-    """One row per labelled dimension and one over all of them; items with NaN predictions are left out.
+    """One row per labelled dimension and one over all of them.
+
+    What has no prediction or no label (NaN) is left out, dimension by dimension.
 
     Raises:
-        MetricError: no item has a prediction.
+        MetricError: no item has both.
     """
-    kept = np.flatnonzero(~np.isnan(predictions).any(axis=1))
-    if kept.size == 0:
+    known = ~np.isnan(predictions) & ~np.isnan(labels.scores)
+    if not known.any():
         raise MetricError("no item of the data set was scored, so there is nothing to compare")
-    predicted, truth = predictions[kept], labels.scores[kept]
     prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(p.prompt for p in labels.pairs))}
-    groups = np.array([prompts[labels.pairs[index].prompt] for index in kept])
+    # Pairs of different dimensions are not compared: each dimension gets group numbers of its own.
+    groups = np.array([prompts[pair.prompt] for pair in labels.pairs])[:, None]
+    groups = groups + len(prompts) * np.arange(len(labels.dimensions))
     rows = [
-        _agreement(name, predicted[:, column], truth[:, column], groups)
+        _agreement(
+            name, *(values[known[:, column], column] for values in (predictions, labels.scores, groups))
+        )
         for column, name in enumerate(labels.dimensions)
     ]
-    # Pairs of different dimensions are not compared: each dimension gets group numbers of its own.
-    offsets = len(prompts) * np.arange(len(labels.dimensions))
-    pooled = (groups[:, None] + offsets).ravel()
-    return [*rows, _agreement(OVERALL, predicted.ravel(), truth.ravel(), pooled)]
+    return [*rows, _agreement(OVERALL, predictions[known], labels.scores[known], groups[known])]
 
 
 def _means(record: dict[str, Any], dimensions: Sequence[str], where: str) -> list[float]:

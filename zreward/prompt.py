@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from zreward.contract import ScoreContract
+from zreward.contract import END_THINK, ScoreContract
 from zreward.errors import CheckpointError, ContractError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -104,6 +104,33 @@ class PromptEncoder:
         """The whole sequence that asks about one dimension, int64 [n]: the reference's input."""
         parts = (self.text_prefix_ids(prompt), self.image_span_ids(n_tokens), self.question_ids[dimension])
         return np.concatenate(parts)
+
+    def reasoning_question_ids(self, dimension: int) -> Ids:
+        """Ids of a question whose think block is open, int64 [n]: a trace is sampled from here.
+
+        Raises:
+            ContractError: the contract's template has no think block.
+        """
+        question = self.contract.dimensions[dimension].question
+        return self._ids(self.contract.template.reasoning_question.replace("{question}", question))
+
+    def trace_ids(self, trace: str) -> Ids:
+        """Ids of a written trace with what closes it, int64 [n]; the code of an answer follows."""
+        return self._ids(trace + END_THINK)
+
+    @cached_property
+    def end_of_reasoning_id(self) -> int:
+        """The id of the token that ends every trace.
+
+        Raises:
+            ContractError: it is not one token of this tokenizer.
+        """
+        return self._single("the end of a reasoning trace", END_THINK.strip())
+
+    def text_of(self, ids: Ids) -> str:
+        """The text of token ids, control tokens included."""
+        text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return text
 
     def _codes(self) -> zip[tuple[float, str]]:
         return zip(self.contract.bins, self.contract.codes, strict=True)

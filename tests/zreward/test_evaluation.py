@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -71,12 +72,27 @@ def write_data(path: Path, *dimensions: tuple[str, ...]) -> Path:
     return path
 
 
-def test_every_line_labels_the_same_dimensions(tmp_path: Path) -> None:
-    data = write_data(tmp_path / "data.jsonl", ("realism",), ("realism", "alignment"))
-    with pytest.raises(UsageError, match=r"line 2: labelled are alignment, realism"):
-        read_labels(data)
+def test_dimensions_may_be_missing(tmp_path: Path) -> None:
+    labels = read_labels(write_data(tmp_path / "data.jsonl", ("realism",), ("alignment", "realism")))
+    assert labels.dimensions == ("realism", "alignment")
+    np.testing.assert_equal(labels.scores, [[3.0, np.nan], [3.0, 3.0]])
     with pytest.raises(UsageError, match="empty"):
         read_labels(write_data(tmp_path / "empty.jsonl"))
+
+
+def test_missing_labels_are_left_out_of_their_dimension_alone(labels: Labels) -> None:
+    predictions = labels.scores + np.random.default_rng(1).normal(0, 1, labels.scores.shape)
+    gaps = labels.scores.copy()
+    gaps[::3, 1] = np.nan
+    full, _, _ = compare(predictions, labels)
+    alignment, realism, overall = compare(predictions, dataclasses.replace(labels, scores=gaps))
+    kept = ~np.isnan(gaps[:, 1])
+    alone = Labels(
+        ("realism",), tuple(p for p, k in zip(labels.pairs, kept, strict=True) if k), (), gaps[kept][:, 1:]
+    )
+    assert alignment == full
+    assert realism == compare(predictions[kept][:, 1:], alone)[0]
+    assert overall.n_pairs == alignment.n_pairs + realism.n_pairs
 
 
 def test_scores_of_another_data_set_are_refused(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
-"""`zreward data`: data sets made by this project."""
+"""`zreward data`: data sets made by this project, and public ones in its form."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zreward.commands import console
+from zreward.errors import UsageError
+
+if TYPE_CHECKING:
+    from zreward.training.convert.write import Summary
 
 
 def scenes(
@@ -25,3 +29,74 @@ def scenes(
         path = write_dataset(output, config, seed, prompts, candidates)
     console.print_fact("data set", path)
     console.print_fact("images", prompts * candidates)
+
+
+def convert(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="hpdv3, hpdv2, pickapic-v2, imagerewarddb, richhf-18k, visionreward-image, genai-bench-ratings, "
+            "genai-bench-votes or evalmuse-40k.",
+        ),
+    ],
+    source: Annotated[Path, typer.Argument(help="The set's file, or a folder of such files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL to write.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that image paths start from (else: of SOURCE); for sets that hold their images, the folder "
+            "to write them to (else: beside the output)."
+        ),
+    ] = None,
+    dimension: Annotated[
+        str | None,
+        typer.Option(help="What a preference is about; also takes a set's overall rating, if it has one."),
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSONL to write the comparisons of a preference set to.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts by image name, for richhf-18k: .json, .jsonl or .parquet.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records.")] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out records whose image or prompt is not there.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Convert a public data set to the JSONL that training and eval read.
+
+    docs/data.md says what is read of each set and how its scale is mapped to 1 to 5.
+    """
+    from zreward.contract import ScoreContract
+    from zreward.training.convert.formats import FORMATS
+    from zreward.training.convert.records import Request
+    from zreward.training.convert.write import Target, convert_dataset, images_folder
+
+    if name not in FORMATS:
+        raise UsageError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
+    folder = images or images_folder(name, source, output)
+    request = Request(source, folder, dimension, prompts)
+    with console.working(f"converting {source}"):
+        summary = convert_dataset(
+            name, request, Target(output, pairs, force), limit=limit, skip_missing=skip_missing
+        )
+    console.print_fact("data set", output)
+    console.print_fact("lines", summary.lines)
+    if pairs is not None:
+        console.print_fact("pairs file", pairs)
+        console.print_fact("pairs", summary.pairs)
+    _tell_left_out(summary)
+    known = ScoreContract.default().dimension_names
+    if dimension and dimension not in known:
+        console.say(
+            f"note: {dimension!r} is not one of the default contract's dimensions, {', '.join(known)}"
+        )
+
+
+def _tell_left_out(summary: Summary) -> None:
+    for reason, count in summary.left_out.items():
+        console.say(f"left out {count:,} records: {reason}")
+    if summary.n_missing:
+        console.say(f"left out {summary.n_missing:,} that are missing, the first is {summary.first_missing}")

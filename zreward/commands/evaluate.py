@@ -31,6 +31,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compare scores with labels: PLCC, SRCC, HPA and margin HPA."""
+    import numpy as np
+
     from zreward.evaluation import compare, read_labels, read_predictions
 
     labels = read_labels(data / "scenes.jsonl" if data.is_dir() else data)
@@ -39,8 +41,8 @@ def evaluate(
     if as_json:
         console.print_json([dataclasses.asdict(row) for row in rows])
     else:
-        _print_rows(rows)
-    n_failed = len(labels.pairs) - rows[0].n_items
+        print_rows(rows)
+    n_failed = int(np.isnan(predictions).any(axis=1).sum())
     if n_failed:
         console.say(f"{n_failed} of {len(labels.pairs)} items could not be scored and are left out")
         raise typer.Exit(1)
@@ -68,7 +70,7 @@ def _score(bundle: Path, labels: Labels, threads: int | None) -> Floats:
     return predictions
 
 
-def _print_rows(rows: Sequence[Agreement]) -> None:
+def print_rows(rows: Sequence[Agreement]) -> None:
     table = console.plain_table("dimension", "PLCC", "SRCC", "HPA", "pairs", "margin HPA", "pairs")
     for row in rows:
         if row is rows[-1]:

@@ -1,0 +1,79 @@
+"""Reasoning chains that were written for labelled questions: JSONL with `id`, `dimension` and `chain` a line.
+
+`id` is that of a line of the data set. A question may have several chains.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zreward.contract import END_THINK
+from zreward.errors import UsageError
+from zreward.pairs import LineError, parse_line, read_lines
+from zreward.training.data import Question, TrainingSet
+
+CHAIN_KEYS = ("id", "dimension", "chain")
+
+
+class Chain(NamedTuple):
+    """The text that leads to the score of a labelled question."""
+
+    question: Question
+    text: str
+
+
+def load_chains(path: Path, data: TrainingSet) -> list[Chain]:
+    """Read the chains of a data set.
+
+    Raises:
+        UsageError: there is no such file, it is empty, or a line is malformed, names an unknown id or dimension, a
+            question without a label, or holds the text that ends a trace.
+    """
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: no such file of chains; expected JSONL with {', '.join(CHAIN_KEYS)} a line"
+        )
+    rows: dict[str | int, list[int]] = defaultdict(list)
+    for index, item in enumerate(data.items):
+        if item.id is not None:
+            rows[item.id].append(index)
+    chains = []
+    with path.open("rb") as stream:
+        for line in read_lines(stream):
+            where = f"{path}, line {line.number}"
+            try:
+                chains.append(_chain(parse_line(line), rows, data, where))
+            except LineError as error:
+                raise UsageError(f"{where}: {error}") from None
+    if not chains:
+        raise UsageError(f"{path}: no chains in it")
+    return chains
+
+
+def _chain(line: dict[str, Any], rows: dict[str | int, list[int]], data: TrainingSet, where: str) -> Chain:
+    if sorted(line) != sorted(CHAIN_KEYS):
+        raise UsageError(
+            f"{where}: expected the keys {', '.join(CHAIN_KEYS)}; found {', '.join(line) or 'none'}"
+        )
+    matching = rows.get(line["id"], []) if isinstance(line["id"], str | int) else []
+    if len(matching) != 1:
+        count = "no line" if not matching else f"{len(matching)} lines"
+        raise UsageError(f"{where}: id is {line['id']!r}, which {count} of {data.path} has")
+    names = data.contract.dimension_names
+    if line["dimension"] not in names:
+        raise UsageError(
+            f"{where}: the contract has no dimension {line['dimension']!r}; it has {', '.join(names)}"
+        )
+    text = line["chain"]
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError(f"{where}: 'chain' must be a text that is not empty")
+    if END_THINK.strip() in text:
+        raise UsageError(f"{where}: the chain holds {END_THINK.strip()!r}, which ends a trace; remove it")
+    question = Question(matching[0], names.index(line["dimension"]))
+    if np.isnan(data.scores[question]):
+        raise UsageError(f"{where}: {line['id']!r} has no label in {line['dimension']!r}")
+    return Chain(question, text.strip())

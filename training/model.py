@@ -1,0 +1,318 @@
+"""A checkpoint as the methods train it: loaded, adapted, run, and saved as a checkpoint again.
+
+`RewardModel` runs transformers' modules in one forward pass that returns what losses need and no more: the bins at the
+answers and the log-probability of each sampled token. The vocabulary's logits of a whole trace (750 tokens × 248,320,
+0.7 GB in float32) are never held at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3_5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as transformers_logging
+
+from zreward.checkpoint import Checkpoint
+from zreward.contract import CONTRACT_FILE, ScoreContract
+from zreward.errors import CheckpointError, UsageError
+from zreward.prompt import TOKENIZER_FILE, PromptEncoder, load_tokenizer
+from zreward.training.config import ModelConfig
+from zreward.training.sequences import Batch, Collator
+from zreward.training.traces import closed_set
+
+LORA_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "out_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""The language model's large linear layers. DeltaNet's gates (in_proj_a and in_proj_b) stay as they are: they are a few
+rows, and rounding or low-rank noise in them moves the whole recurrence."""
+
+_TOKENIZER_EXTRAS = ("tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+
+_TOKEN_CHUNK = 256
+"""Positions whose vocabulary logits are held at once: 0.25 GB for Qwen3.5's vocabulary in float32."""
+
+
+class Outputs(NamedTuple):
+    """What a forward pass returns; a tuple, so that FSDP can see its tensors.
+
+    Attributes:
+        bin_log_probs_ak: float32, at each answer of the batch.
+        off_scale_a: probability off the codes, without gradient.
+        token_log_probs_t: float32, of each token of the outputs.
+    """
+
+    bin_log_probs_ak: Tensor
+    off_scale_a: Tensor
+    token_log_probs_t: Tensor
+
+
+class RewardModel(nn.Module):
+    """A Qwen3.5 model under a contract.
+
+    Attributes:
+        net: transformers' model, with LoRA layers in it where there are any.
+        collator: makes its batches.
+    """
+
+    def __init__(self, net: Any, collator: Collator) -> None:
+        super().__init__()
+        self.net: Any = net  # transformers' own annotations do not cover what its modules are called with
+        self.collator = collator
+        self.code_ids = list(collator.encoder.code_ids)
+
+    @property
+    def contract(self) -> ScoreContract:
+        return self.collator.contract
+
+    @property
+    def bins(self) -> Tensor:
+        """The contract's bins, float32 [k], on the model's device."""
+        return torch.tensor(self.contract.bins, device=self.net.device)
+
+    def forward(self, batch: Batch) -> Outputs:
+        hidden_bld = self.net.model(
+            input_ids=batch.input_ids_bl,
+            attention_mask=batch.attention_mask_bl,
+            mm_token_type_ids=self.image_mask(batch),
+            image_grid_thw=batch.grids_i3[batch.image_of_row_b],
+            mm_encoder_outputs={"image": self.image_features(batch)},
+            use_cache=False,
+        ).last_hidden_state
+        answers: Tensor = self.net.lm_head(hidden_bld[batch.answer_rows_a, batch.answer_positions_a])
+        scores = closed_set(answers, self.code_ids)
+        tokens_td = hidden_bld[batch.token_rows_t, batch.token_positions_t]
+        return Outputs(
+            scores.log_probs_nk, scores.off_scale_n, self._token_log_probs(tokens_td, batch.token_ids_t)
+        )
+
+    def image_mask(self, batch: Batch) -> Tensor:
+        """1 at image placeholders, int32 [b, l], as transformers computes its positions from."""
+        return (batch.input_ids_bl == self.collator.encoder.image_token_id).int()
+
+    def image_features(self, batch: Batch) -> BaseModelOutputWithPooling:
+        """Every image once through the vision tower, then repeated for the rows that look at it."""
+        encoded = self.net.model.get_image_features(batch.pixel_values, batch.grids_i3, return_dict=True)
+        of_rows = tuple(encoded.pooler_output[image] for image in batch.image_of_row_b.tolist())
+        return BaseModelOutputWithPooling(pooler_output=of_rows)  # type: ignore[arg-type]  # one tensor an image
+
+    def generate(self, batch: Batch, **options: Any) -> Tensor:
+        """transformers' generation from the rows of a batch, ids [b · num_return_sequences, l + new]."""
+        sequences: Tensor = self.net.generate(
+            input_ids=batch.input_ids_bl,
+            attention_mask=batch.attention_mask_bl,
+            mm_token_type_ids=self.image_mask(batch),
+            image_grid_thw=batch.grids_i3[batch.image_of_row_b],
+            mm_encoder_outputs={"image": self.image_features(batch)},
+            pad_token_id=self.collator.pad_id,
+            **options,
+        )
+        return sequences
+
+    def _token_log_probs(self, hidden_td: Tensor, ids_t: Tensor) -> Tensor:
+        if not len(ids_t):
+            return hidden_td.new_zeros(0, dtype=torch.float32)
+        parts = [
+            checkpoint(self._chunk_log_probs, hidden, ids, use_reentrant=False)
+            for hidden, ids in zip(hidden_td.split(_TOKEN_CHUNK), ids_t.split(_TOKEN_CHUNK), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _chunk_log_probs(self, hidden_td: Tensor, ids_t: Tensor) -> Tensor:
+        logits_tv: Tensor = self.net.lm_head(hidden_td).float()
+        chosen = logits_tv.gather(1, ids_t[:, None])[:, 0]
+        return chosen - logits_tv.logsumexp(-1)
+
+
+def load_model(config: ModelConfig, device: torch.device) -> RewardModel:
+    """Open a checkpoint for training on a device.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or of another architecture, or its contract does not fit.
+        UsageError: the config asks for what this machine or an extra that is not installed would be needed for.
+    """
+    source = Checkpoint.open(config.checkpoint)
+    contract = contract_of(source, config)
+    _quiet_libraries()
+    encoder = PromptEncoder(contract, load_tokenizer(source.path))
+    net: Any = Qwen3_5ForConditionalGeneration.from_pretrained(
+        source.path, dtype=weight_dtype(config, device), **_quantized(config, device)
+    )
+    if not config.quantize:
+        net = net.to(device)
+    net.requires_grad_(config.lora_rank == 0)
+    if config.lora_rank:
+        net = _with_lora(net, config)
+    if not config.train_vision:
+        net.model.visual.requires_grad_(False)
+    if config.gradient_checkpointing:
+        net.enable_input_require_grads()
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    pad = net.config.get_text_config().pad_token_id
+    return RewardModel(net, Collator(contract, encoder, pad if pad is not None else 0))
+
+
+def runs_in_bfloat16(config: ModelConfig, device: torch.device) -> bool:
+    """Where it is asked for, or where "auto" meets a GPU."""
+    return config.precision == "bf16" or (config.precision == "auto" and device.type != "cpu")
+
+
+def weight_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Weights that learn stay in float32, as a step is often smaller than bfloat16 resolves; frozen ones need not."""
+    return torch.bfloat16 if config.lora_rank and runs_in_bfloat16(config, device) else torch.float32
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that learn, by name."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def banned_ids(net: Any) -> list[int]:
+    """Ids that no trace may contain: an image or video token would be read as a place for pixels."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    found = (getattr(net.config, name, None) for name in names)
+    return sorted({int(token) for token in found if token is not None})
+
+
+def contract_of(source: Checkpoint, config: ModelConfig) -> ScoreContract:
+    """The contract beside the weights, or the one that the config names for weights without one.
+
+    Raises:
+        ContractError, CheckpointError: it is missing, malformed, or does not fit the model.
+        UsageError: the config names another one than the checkpoint was trained under.
+    """
+    if config.contract is None:
+        return source.contract()
+    contract = ScoreContract.load(Path(config.contract))
+    beside = source.path / CONTRACT_FILE
+    if beside.is_file() and ScoreContract.load(beside).sha256 != contract.sha256:
+        raise UsageError(
+            f"{config.contract}: another contract than the one that {source.path} was trained under "
+            f"({beside}); remove `contract` from [model], or train from a checkpoint that has none"
+        )
+    return contract
+
+
+def save_checkpoint(
+    config: ModelConfig, source: Path, weights: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Write what was trained as a checkpoint that `zreward export` reads, in bfloat16.
+
+    The starting checkpoint is read again and takes the trained weights; low-rank additions are merged into the original
+    weights, not into their quantized copies. Needs memory for one copy of the model.
+
+    Args:
+        config: of the run.
+        source: the checkpoint that the run started from, for what is not weights.
+        weights: the parameters that learned, by their names in `RewardModel`.
+    """
+    plain = dataclasses.replace(config, quantize=None, gradient_checkpointing=False, precision="fp32")
+    model = load_model(plain, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in trainable(model):
+            parameter.copy_(weights[name])
+    net: Any = _merged(model.net)
+    net.to(torch.bfloat16).save_pretrained(directory)
+    for name in (TOKENIZER_FILE, *_TOKENIZER_EXTRAS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    model.contract.save(directory)
+
+
+def _quiet_libraries() -> None:
+    """They draw bars of their own and advise packages for GPUs, which docs/training.md does once."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for weights that stay quantized while training."""
+    if config.quantize is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if runs_in_bfloat16(config, device) else torch.float32
+    skipped = ["visual", "lm_head", "in_proj_a", "in_proj_b"]
+    if config.quantize == "nf4":
+        options = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )
+    else:
+        options = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return {"quantization_config": options, "device_map": {"": device}}
+
+
+def _with_lora(net: Any, config: ModelConfig) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float works
+        lora_dropout=config.lora_dropout,
+        target_modules=r".*language_model\..*\.(" + "|".join(LORA_TARGETS) + ")",
+    )
+    adapted = inject_adapter_in_model(lora, net)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _merged(net: Any) -> Any:
+    """The model with its low-rank additions in the weights, or as it is where it has none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, module) for name, module in net.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, layer.get_base_layer())
+    return net
+
+
+def check_same_contract(ours: ScoreContract, theirs: ScoreContract, path: str) -> None:
+    """A teacher and its student answer the same questions on the same scale, or nothing can be compared.
+
+    Raises:
+        CheckpointError: bins or dimensions differ.
+    """
+    if ours.bins != theirs.bins or ours.dimension_names != theirs.dimension_names:
+        raise CheckpointError(
+            f"{path}: its contract has the dimensions {', '.join(theirs.dimension_names)} on {len(theirs.bins)} bins, "
+            f"and the model in training {', '.join(ours.dimension_names)} on {len(ours.bins)}"
+        )
+
+
+def freeze(model: RewardModel) -> RewardModel:
+    """A model that is asked and never trained."""
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def scores_of(log_probs_nk: Tensor, bins: Sequence[float]) -> list[float]:
+    """Expectations as plain numbers."""
+    values: list[float] = (log_probs_nk.double().exp() @ torch.tensor(bins, dtype=torch.float64)).tolist()
+    return values
