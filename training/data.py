@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,11 +67,18 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.items)
 
+    def asked_of(self, items: Sequence[int], *, labelled: bool) -> list[Question]:
+        """The questions of some items, item by item: all dimensions, or those with a label."""
+        return [
+            Question(item, dimension)
+            for item in items
+            for dimension in range(self.scores.shape[1])
+            if not (labelled and np.isnan(self.scores[item, dimension]))
+        ]
+
     def questions(self, *, labelled: bool) -> list[Question]:
         """Every item in every dimension, or in those that it has a label in."""
-        shape = self.scores.shape
-        wanted = ~np.isnan(self.scores) if labelled else np.ones(shape, dtype=bool)
-        return [Question(int(item), int(dimension)) for item, dimension in np.argwhere(wanted)]
+        return self.asked_of(range(len(self.items)), labelled=labelled)
 
     def pairs(self) -> list[LabelledPair]:
         """Every same-prompt pair of each dimension, in the order of the file, ties included."""

@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    Qwen3_5ForConditionalGeneration,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
@@ -50,6 +56,31 @@ _TOKEN_CHUNK = 256
 """Positions whose vocabulary logits are held at once: 0.25 GB for Qwen3.5's vocabulary in float32."""
 
 
+class StatesWithGradient(DynamicCache):
+    """transformers' cache with DeltaNet states that are replaced, not overwritten: a backward pass still needs them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.layers = [
+            _ReplacedStates() if type(layer) is LinearAttentionLayer else layer for layer in self.layers
+        ]
+
+
+class _ReplacedStates(LinearAttentionLayer):
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **options: Any
+    ) -> Tensor:
+        before = self.conv_states[state_idx]
+        self.conv_states[state_idx] = None if before is None else before.clone()
+        full: Tensor = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **options)
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+        self.is_recurrent_states_initialized[state_idx] = True
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
 class Outputs(NamedTuple):
     """What a forward pass returns; a tuple, so that FSDP can see its tensors.
 
@@ -70,10 +101,14 @@ class RewardModel(nn.Module):
     Attributes:
         net: transformers' model, with LoRA layers in it where there are any.
         collator: makes its batches.
+        shares_prefixes: whether rows continue one pass over their prefix. With checkpointing they cannot, since layers
+            run again in the backward pass, when the states are gone; with FSDP neither, which lets go of a layer's
+            weights after each of its passes.
     """
 
-    def __init__(self, net: Any, collator: Collator) -> None:
+    def __init__(self, net: Any, collator: Collator, *, shares_prefixes: bool = True) -> None:
         super().__init__()
+        self.shares_prefixes = shares_prefixes
         self.net: Any = net  # transformers' own annotations do not cover what its modules are called with
         self.collator = collator
         self.code_ids = list(collator.encoder.code_ids)
@@ -88,43 +123,79 @@ class RewardModel(nn.Module):
         return torch.tensor(self.contract.bins, device=self.net.device)
 
     def forward(self, batch: Batch) -> Outputs:
-        hidden_bld = self.net.model(
-            input_ids=batch.input_ids_bl,
-            attention_mask=batch.attention_mask_bl,
-            mm_token_type_ids=self.image_mask(batch),
-            image_grid_thw=batch.grids_i3[batch.image_of_row_b],
-            mm_encoder_outputs={"image": self.image_features(batch)},
-            use_cache=False,
-        ).last_hidden_state
-        answers: Tensor = self.net.lm_head(hidden_bld[batch.answer_rows_a, batch.answer_positions_a])
+        hidden_bsd = self._continued(batch) if self.shares_prefixes else self._joined(batch)
+        answers: Tensor = self.net.lm_head(hidden_bsd[batch.answer_rows_a, batch.answer_positions_a])
         scores = closed_set(answers, self.code_ids)
-        tokens_td = hidden_bld[batch.token_rows_t, batch.token_positions_t]
+        tokens_td = hidden_bsd[batch.token_rows_t, batch.token_positions_t]
         return Outputs(
             scores.log_probs_nk, scores.off_scale_n, self._token_log_probs(tokens_td, batch.token_ids_t)
         )
 
-    def image_mask(self, batch: Batch) -> Tensor:
-        """1 at image placeholders, int32 [b, l], as transformers computes its positions from."""
-        return (batch.input_ids_bl == self.collator.encoder.image_token_id).int()
-
-    def image_features(self, batch: Batch) -> BaseModelOutputWithPooling:
-        """Every image once through the vision tower, then repeated for the rows that look at it."""
-        encoded = self.net.model.get_image_features(batch.pixel_values, batch.grids_i3, return_dict=True)
-        of_rows = tuple(encoded.pooler_output[image] for image in batch.image_of_row_b.tolist())
-        return BaseModelOutputWithPooling(pooler_output=of_rows)  # type: ignore[arg-type]  # one tensor an image
-
     def generate(self, batch: Batch, **options: Any) -> Tensor:
-        """transformers' generation from the rows of a batch, ids [b · num_return_sequences, l + new]."""
+        """transformers' generation after rows without outputs: the new ids, [b · num_return_sequences, new].
+
+        `stop_after` in the options makes a stopping criterion from the number of ids in front.
+        """
+        images = batch.image_of_prefix_u[batch.prefix_of_row_b]
+        ids, mask = batch.left_padded(self.collator.pad_id)
+        stop: StoppingCriteria = options.pop("stop_after")(ids.shape[1])
         sequences: Tensor = self.net.generate(
-            input_ids=batch.input_ids_bl,
-            attention_mask=batch.attention_mask_bl,
-            mm_token_type_ids=self.image_mask(batch),
-            image_grid_thw=batch.grids_i3[batch.image_of_row_b],
-            mm_encoder_outputs={"image": self.image_features(batch)},
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=self._image_mask(ids),
+            image_grid_thw=batch.grids_i3[images],
+            mm_encoder_outputs={"image": self._image_features(batch, images)},
             pad_token_id=self.collator.pad_id,
+            stopping_criteria=StoppingCriteriaList([stop]),
             **options,
         )
-        return sequences
+        return sequences[:, ids.shape[1] :]
+
+    def _continued(self, batch: Batch) -> Tensor:
+        """Hidden states [b, s, d] of the rows, each from the states of its prefix, which ran once."""
+        cache: Any = StatesWithGradient(config=self.net.config)
+        self.net.model(
+            input_ids=batch.prefix_ids_ul,
+            attention_mask=batch.prefix_mask_ul,
+            mm_token_type_ids=self._image_mask(batch.prefix_ids_ul),
+            image_grid_thw=batch.grids_i3[batch.image_of_prefix_u],
+            mm_encoder_outputs={"image": self._image_features(batch, batch.image_of_prefix_u)},
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.reorder_cache(batch.prefix_of_row_b)
+        hidden: Tensor = self.net.model(
+            input_ids=batch.ids_bs,
+            attention_mask=batch.joined_mask,
+            position_ids=batch.positions_3bs,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden
+
+    def _joined(self, batch: Batch) -> Tensor:
+        """The same hidden states from whole sequences, prefix and row in one."""
+        images = batch.image_of_prefix_u[batch.prefix_of_row_b]
+        ids = batch.joined_ids
+        hidden: Tensor = self.net.model(
+            input_ids=ids,
+            attention_mask=batch.joined_mask,
+            mm_token_type_ids=self._image_mask(ids),
+            image_grid_thw=batch.grids_i3[images],
+            mm_encoder_outputs={"image": self._image_features(batch, images)},
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[:, -batch.ids_bs.shape[1] :]
+
+    def _image_mask(self, ids: Tensor) -> Tensor:
+        """1 at image placeholders, int32 as `ids`: transformers computes positions from it."""
+        return (ids == self.collator.encoder.image_token_id).int()
+
+    def _image_features(self, batch: Batch, images: Tensor) -> BaseModelOutputWithPooling:
+        """Every image once through the vision tower, then repeated as `images` says."""
+        encoded = self.net.model.get_image_features(batch.pixel_values, batch.grids_i3, return_dict=True)
+        of_rows = tuple(encoded.pooler_output[image] for image in images.tolist())
+        return BaseModelOutputWithPooling(pooler_output=of_rows)  # type: ignore[arg-type]  # one tensor an image
 
     def _token_log_probs(self, hidden_td: Tensor, ids_t: Tensor) -> Tensor:
         if not len(ids_t):
@@ -164,9 +235,10 @@ def load_model(config: ModelConfig, device: torch.device) -> RewardModel:
         net.model.visual.requires_grad_(False)
     if config.gradient_checkpointing:
         net.enable_input_require_grads()
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        net.activation_checkpointing_enable({"use_reentrant": False})
     pad = net.config.get_text_config().pad_token_id
-    return RewardModel(net, Collator(contract, encoder, pad if pad is not None else 0))
+    collator = Collator(contract, encoder, pad if pad is not None else 0)
+    return RewardModel(net, collator, shares_prefixes=not config.gradient_checkpointing)
 
 
 def runs_in_bfloat16(config: ModelConfig, device: torch.device) -> bool:

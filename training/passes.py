@@ -60,28 +60,34 @@ def backward(
     micro_batch: int,
     loss_of: Callable[[RowOutputs], Tensor],
     send_back: Callable[[Tensor], None] = Tensor.backward,
+    n_pieces: int | None = None,
 ) -> float:
     """Add the gradient of `loss_of(outputs of all rows)` to the parameters; returns the loss.
 
     Args:
         send_back: what starts a backward pass, `accelerator.backward` where there is one.
+        n_pieces: how many pieces to run, where other processes have more rows and all must run as many.
     """
     batches = list(_batches(core, rows, micro_batch))
-    if len(batches) == 1:
+    idle = max(0, (n_pieces or 0) - len(batches))
+    if len(batches) + idle == 1:
         loss = loss_of(_assembled(core, rows, batches, [model(batches[0])]))
         send_back(loss)
         return loss.item()
     with torch.no_grad():
         first = [model(batch) for batch in batches]
+        for _ in range(idle):
+            model(batches[0])
     leaves = [_leaves(outputs) for outputs in first]
     loss = loss_of(_assembled(core, rows, batches, leaves))
     loss.backward()
     for batch, known in zip(batches, leaves, strict=True):
         again: Outputs = model(batch)
-        send_back(
-            _weighted(again.bin_log_probs_ak, known.bin_log_probs_ak.grad)
-            + _weighted(again.token_log_probs_t, known.token_log_probs_t.grad)
-        )
+        bins = _weighted(again.bin_log_probs_ak, known.bin_log_probs_ak.grad)
+        send_back(bins + _weighted(again.token_log_probs_t, known.token_log_probs_t.grad))
+    for _ in range(idle):
+        again = model(batches[0])
+        send_back(_weighted(again.bin_log_probs_ak, None) + _weighted(again.token_log_probs_t, None))
     return loss.item()
 
 
@@ -123,7 +129,7 @@ def _assembled(
         where = (batch.token_rows_t + start, _places(batch.token_rows_t))
         tokens_nt = tokens_nt.index_put(where, out.token_log_probs_t)
         mask_nt[where] = True
-        start += len(batch.input_ids_bl)
+        start += len(batch.ids_bs)
     return RowOutputs(log_probs_nk, valid_n, off_scale_n, tokens_nt, mask_nt)
 
 

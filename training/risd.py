@@ -66,7 +66,9 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         progress=progress,
     )
-    answered = (~log_probs.isnan().any(-1)).nonzero()[:, 0].tolist()
+    answered = {
+        question: row for question, row in zip(questions, log_probs, strict=True) if not row.isnan().any()
+    }
     if not answered:
         raise UsageError(
             f"{options.teacher}: none of its traces led to a score; raise method.sampling.max_new_tokens, or check "
@@ -74,15 +76,17 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         )
 
     run = Run(inputs, progress)
+    items = sorted({question.item for question in answered})
 
     def answers(rows: Sequence[Row]) -> list[float]:
         return scores_of(run.outputs(rows).log_probs_nk, run.core.contract.bins)
 
     for step in run.steps():
-        batch = run.batch(answered, step)
-        targets = log_probs[batch].to(run.device)
+        asked = run.data.asked_of(run.batch(items, step), labelled=False)
+        batch = [question for question in asked if question in answered]
+        targets = torch.stack([answered[question] for question in batch]).to(run.device)
         loss = run.backward(
-            [run.row(questions[index]) for index in batch],
+            [run.row(question) for question in batch],
             lambda out, targets=targets: losses.distillation_loss(targets, out.log_probs_nk),  # type: ignore[misc]
         )
         norm = run.update()

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from transformers import StoppingCriteriaList
 
 from zreward.errors import UsageError
 from zreward.training.model import RewardModel, banned_ids
@@ -78,8 +78,7 @@ def _generated(model: RewardModel, questions: Sequence[Row], sampling: Sampling)
     collator, net = model.collator, model.net
     batch = collator.batch([replace(row, output=()) for row in questions]).to(net.device)
     reader = TraceReader(collator.encoder)
-    length = batch.input_ids_bl.shape[1]
-    sequences = model.generate(
+    generated = model.generate(
         batch,
         num_return_sequences=sampling.group_size,
         max_new_tokens=sampling.max_new_tokens,
@@ -88,12 +87,11 @@ def _generated(model: RewardModel, questions: Sequence[Row], sampling: Sampling)
         top_k=0,
         top_p=1.0,
         suppress_tokens=banned_ids(net),
-        stopping_criteria=StoppingCriteriaList([UntilAnswer(reader, length)]),
+        stop_after=partial(UntilAnswer, reader),
         synced_gpus=is_sharded(model),
     )
-    outputs = [
-        _trimmed(ids, reader, net.generation_config.eos_token_id) for ids in sequences[:, length:].tolist()
-    ]
+    end = net.generation_config.eos_token_id
+    outputs = [_trimmed(ids, reader, end) for ids in generated.tolist()]
     size = sampling.group_size
     return [
         [replace(row, output=output) for output in outputs[index * size : (index + 1) * size]]

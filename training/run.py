@@ -213,9 +213,9 @@ class Run:
         Raises:
             ZrewardError: the loss is not finite.
         """
-        loss = backward(
-            self.model, self.core, rows, self.config.run.micro_batch, loss_of, self.accelerator.backward
-        )
+        micro = self.config.run.micro_batch
+        pieces = self._most(math.ceil(len(rows) / micro))
+        loss = backward(self.model, self.core, rows, micro, loss_of, self.accelerator.backward, pieces)
         if not math.isfinite(loss):
             raise ZrewardError(
                 f"the loss is {loss}; lower optimizer.learning_rate, or train in fp32, and run again: the run goes on "
@@ -285,6 +285,13 @@ class Run:
         if self.log is not None:
             self.log.event("validation", step=step, **{row["dimension"]: row for row in figures})
         return figures
+
+    def _most(self, count: int) -> int:
+        """The largest of a number over all processes."""
+        if self.world == 1:
+            return count
+        counts: Tensor = self.accelerator.gather(torch.tensor([count], device=self.device))
+        return int(counts.max())
 
     def _mean(self, entries: list[float]) -> float:
         local = torch.tensor([sum(entries), len(entries)], dtype=torch.float64, device=self.device)

@@ -1,10 +1,12 @@
-"""From questions and sampled outputs to one padded batch of a transformers model.
+"""From questions and sampled outputs to the padded batches of a transformers model.
 
-A row is a prompt, an image and a question of the contract, with or without an output after it. Rows are padded on the
-left, where neither attention nor Gated DeltaNet sees the padding (its inputs are set to zero, which leaves an empty
-state empty), so that a batch gives what its rows give alone. An image that several rows share is encoded once.
+A row is a prompt, an image and a question of the contract, with or without an output after it. In a batch every prompt
+with its image stands once, as a prefix that its questions and outputs continue, so that four questions or eight traces
+do not pay for it again. Prefixes are padded on the left and what follows them on the right, where neither attention nor
+Gated DeltaNet lets the padding reach a token: a batch gives what its rows give alone.
 
-Shape suffixes: b rows, l positions, i images, a answers, t sampled tokens.
+Shape suffixes: u prefixes, b rows, l positions of prefixes, s positions after them, i images, a answers, t sampled
+tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from zreward.contract import ScoreContract
 from zreward.image import Patches, preprocess
-from zreward.prompt import Ids, PromptEncoder
+from zreward.prompt import Ids, PromptEncoder, image_positions
 from zreward.training.traces import TraceReader
 
 _KEPT_IMAGES = 64
@@ -50,19 +52,26 @@ class Batch:
     """Rows as tensors.
 
     Attributes:
-        input_ids_bl, attention_mask_bl: int64.
+        prefix_ids_ul, prefix_mask_ul: int64, text prefix and image placeholders, padded on the left.
         pixel_values: float32 [patches of all images, patch elements]; `grids_i3` has their sizes in patches.
-        image_of_row_b: which image each row looks at.
-        answer_rows_a, answer_positions_a: where the logits of the answers stand. A row whose output has no answer is
-            not among them; a row without an output answers after its last token.
+        image_of_prefix_u: which image each prefix holds.
+        prefix_of_row_b: which prefix each row continues.
+        start_b: M-RoPE position of the first token after the prefix.
+        ids_bs, mask_bs: int64, question and output, padded on the right.
+        answer_rows_a, answer_positions_a: where in `ids_bs` the logits of the answers stand. A row whose output has no
+            answer is not among them; a row without an output answers after its last token.
         token_rows_t, token_positions_t, token_ids_t: every token of the outputs, and where its logits stand.
     """
 
-    input_ids_bl: Tensor
-    attention_mask_bl: Tensor
+    prefix_ids_ul: Tensor
+    prefix_mask_ul: Tensor
     pixel_values: Tensor
     grids_i3: Tensor
-    image_of_row_b: Tensor
+    image_of_prefix_u: Tensor
+    prefix_of_row_b: Tensor
+    start_b: Tensor
+    ids_bs: Tensor
+    mask_bs: Tensor
     answer_rows_a: Tensor
     answer_positions_a: Tensor
     token_rows_t: Tensor
@@ -72,6 +81,33 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **moved)
+
+    @property
+    def positions_3bs(self) -> Tensor:
+        """M-RoPE positions of `ids_bs`, int64: text, so equal in all three components."""
+        steps = torch.arange(self.ids_bs.shape[1], device=self.ids_bs.device)
+        return (self.start_b[:, None] + steps).expand(3, -1, -1)
+
+    @property
+    def joined_mask(self) -> Tensor:
+        """Attention mask of each row with its prefix, int64 [b, l + s]."""
+        return torch.cat([self.prefix_mask_ul[self.prefix_of_row_b], self.mask_bs], dim=1)
+
+    @property
+    def joined_ids(self) -> Tensor:
+        """Ids of each row with its prefix, int64 [b, l + s]."""
+        return torch.cat([self.prefix_ids_ul[self.prefix_of_row_b], self.ids_bs], dim=1)
+
+    def left_padded(self, pad_id: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask of each row with its prefix, all padding on the left, as generation needs them."""
+        ids, mask = self.joined_ids, self.joined_mask
+        rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
+        length = max(len(row) for row in rows)
+        padded = ids.new_full((len(rows), length), pad_id)
+        for target, row in zip(padded, rows, strict=True):
+            target[length - len(row) :] = row
+        counts = mask.sum(1, keepdim=True)
+        return padded, (torch.arange(length, device=ids.device) >= length - counts).long()
 
 
 class Collator:
@@ -89,31 +125,37 @@ class Collator:
         Raises:
             ImageError: an image is damaged; PromptError: a prompt is too long for the contract.
         """
-        images = list(dict.fromkeys(row.image for row in rows))
-        patches = {image: self._patches(image) for image in images}
-        heads = [self._question(row, patches[row.image].n_tokens) for row in rows]
+        looks = list(dict.fromkeys((row.prompt, row.image) for row in rows))
+        images = list(dict.fromkeys(image for _, image in looks))
+        patches = [self._patches(image) for image in images]
+        image_of_look = [images.index(image) for _, image in looks]
+        prefixes, starts = zip(
+            *(self._prefix(look[0], patches[k]) for look, k in zip(looks, image_of_look, strict=True)),
+            strict=True,
+        )
+        prefix_of_row = [looks.index((row.prompt, row.image)) for row in rows]
+        heads = [self._question(row) for row in rows]
         outputs = [np.array(row.output or (), dtype=np.int64) for row in rows]
-        sequences = [np.concatenate(pair) for pair in zip(heads, outputs, strict=True)]
-        length = max(len(ids) for ids in sequences)
-        ids_bl = np.full((len(rows), length), self.pad_id, dtype=np.int64)
-        mask_bl = np.zeros_like(ids_bl)
-        for row, ids in enumerate(sequences):
-            ids_bl[row, length - len(ids) :] = ids
-            mask_bl[row, length - len(ids) :] = 1
-        answers = self._answers(rows, heads, length)
+        prefix_ids, prefix_mask = self._padded(prefixes, left=True)
+        joined = [np.concatenate(pair) for pair in zip(heads, outputs, strict=True)]
+        ids, mask = self._padded(joined, left=False)
+        answer_rows, answer_positions = _columns(self._answers(rows, heads), 2)
         tokens = [
-            (row, length - len(output) - 1 + place, int(token))
+            (row, len(heads[row]) - 1 + place, int(token))
             for row, output in enumerate(outputs)
             for place, token in enumerate(output)
         ]
-        answer_rows, answer_positions = _columns(answers, 2)
         token_rows, token_positions, token_ids = _columns(tokens, 3)
         return Batch(
-            torch.from_numpy(ids_bl),
-            torch.from_numpy(mask_bl),
-            torch.from_numpy(np.concatenate([patches[image].pixel_values for image in images])),
-            torch.tensor([patches[image].grid_thw for image in images]),
-            torch.tensor([images.index(row.image) for row in rows]),
+            prefix_ids,
+            prefix_mask,
+            torch.from_numpy(np.concatenate([patch.pixel_values for patch in patches])),
+            torch.tensor([patch.grid_thw for patch in patches]),
+            torch.tensor(image_of_look),
+            torch.tensor(prefix_of_row),
+            torch.tensor(starts)[prefix_of_row],
+            ids,
+            mask,
             answer_rows,
             answer_positions,
             token_rows,
@@ -121,23 +163,38 @@ class Collator:
             token_ids,
         )
 
-    def _question(self, row: Row, n_tokens: int) -> Ids:
-        if row.output is None:
-            return self.encoder.sequence_ids(row.prompt, n_tokens, row.dimension)
-        prefix = self.encoder.text_prefix_ids(row.prompt)
-        question = self.encoder.reasoning_question_ids(row.dimension)
-        return np.concatenate([prefix, self.encoder.image_span_ids(n_tokens), question])
+    def _prefix(self, prompt: str, patches: Patches) -> tuple[Ids, int]:
+        """Ids of text prefix and image, and the position of the token after them."""
+        text = self.encoder.text_prefix_ids(prompt)
+        _, after_image = image_positions(len(text), *patches.token_grid)
+        return np.concatenate([text, self.encoder.image_span_ids(patches.n_tokens)]), after_image + 1
 
-    def _answers(self, rows: Sequence[Row], heads: Sequence[Ids], length: int) -> list[tuple[int, int]]:
+    def _question(self, row: Row) -> Ids:
+        if row.output is None:
+            return self.encoder.question_ids[row.dimension]
+        return self.encoder.reasoning_question_ids(row.dimension)
+
+    def _padded(self, sequences: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:
+        """Ids and mask of sequences in one tensor each."""
+        length = max(len(ids) for ids in sequences)
+        ids = np.full((len(sequences), length), self.pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            where = slice(length - len(sequence), None) if left else slice(len(sequence))
+            ids[row, where] = sequence
+            mask[row, where] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def _answers(self, rows: Sequence[Row], heads: Sequence[Ids]) -> list[tuple[int, int]]:
         """Row and position of the logits of each answer."""
         found = []
-        for index, row in enumerate(rows):
+        for index, (row, head) in enumerate(zip(rows, heads, strict=True)):
             if row.output is None:
-                found.append((index, length - 1))
+                found.append((index, len(head) - 1))
                 continue
             place = self._reader.answer_position(row.output)
             if place is not None:
-                found.append((index, length - len(row.output) + place - 1))
+                found.append((index, len(head) + place - 1))
         return found
 
     @cached_property

@@ -40,13 +40,13 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
     """
     options = config.method_options(Options)
     run = Run.start(config, "sft", progress=progress)
-    questions = run.data.questions(labelled=True)
+    items = list(range(len(run.data)))
 
     def answers(rows: Sequence[Row]) -> list[float]:
         return scores_of(run.outputs(rows).log_probs_nk, run.core.contract.bins)
 
     for step in run.steps():
-        batch = run.batch(questions, step)
+        batch = run.data.asked_of(run.batch(items, step), labelled=True)
         if options.soft_targets:
             targets = torch.from_numpy(np.stack([run.data.target(q) for q in batch])).float().to(run.device)
         else:

@@ -13,6 +13,7 @@ def shard(model: RewardModel) -> None:
     for layer in [*model.net.model.language_model.layers, *model.net.model.visual.blocks]:
         fully_shard(layer)
     fully_shard(model)
+    model.shares_prefixes = False
     register_fsdp_forward_method(model, "generate")
 
 

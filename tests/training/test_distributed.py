@@ -61,7 +61,7 @@ def test_two_processes_have_the_losses_of_one(reference_student: Path, scenes: P
             scenes,
             tmp_path / f"run-{processes}",
             steps=4,
-            batch_size=8,
+            batch_size=6,
             run="shard = true",
             validation=True,
         ).replace("save_every = 0", "save_every = 2")

@@ -67,7 +67,7 @@ class TestEachMethod:
     def test_sft(
         self, train: Train, reference_student: Path, one_prompt: Path, scenes: Path, tmp_path: Path
     ) -> None:
-        options = {"steps": 10, "batch_size": 12, "validation": True}
+        options = {"steps": 10, "batch_size": 3, "validation": True}
         run = train("sft", reference_student, "soft_targets = false", one_prompt, **options)
         losses = logged(run, "step", "loss")
         assert losses[-1] < 0.7 * losses[0]
@@ -112,13 +112,19 @@ class TestEachMethod:
         scenes: Path,
     ) -> None:
         method = f'teacher = "{reasoner}"\n' + SAMPLING.format(2)
-        run = train("risd", reference_student, method, one_prompt, steps=10, batch_size=8)
+        run = train("risd", reference_student, method, one_prompt, steps=10, batch_size=3)
         losses = logged(run, "step", "loss")
         assert losses[-1] < 0.5 * losses[0]
         scores(run / "model", scenes, tmp_path)
 
     def test_opd(
-        self, train: Train, reference_student: Path, reasoner: Path, one_prompt: Path, tmp_path: Path, scenes: Path
+        self,
+        train: Train,
+        reference_student: Path,
+        reasoner: Path,
+        one_prompt: Path,
+        tmp_path: Path,
+        scenes: Path,
     ) -> None:
         """A student that never saw a trace comes closer to its teacher's, by the estimate of its own KL."""
         method = f'teacher = "{reasoner}"\n' + SAMPLING.format(2)
@@ -130,7 +136,7 @@ class TestEachMethod:
 
 def test_lora_and_checkpointing(train: Train, reference_student: Path, one_prompt: Path) -> None:
     model = "lora_rank = 8\ngradient_checkpointing = true\n"
-    run = train("sft", reference_student, data=one_prompt, model=model, steps=10, batch_size=12)
+    run = train("sft", reference_student, data=one_prompt, model=model, steps=10, batch_size=3)
     losses = logged(run, "step", "loss")
     assert losses[-1] < 0.9 * losses[0]
 
@@ -191,7 +197,7 @@ class TestTeacher:
 
 class TestRefusedBeforeTraining:
     def test_a_batch_larger_than_the_data(self, train: Train, reference_student: Path) -> None:
-        with pytest.raises(UsageError, match=r"batch_size is 500, but .* gives 96 items"):
+        with pytest.raises(UsageError, match=r"batch_size is 500, but .* gives 24 items"):
             train("sft", reference_student, batch_size=500)
 
     def test_no_pairs(self, train: Train, reference_student: Path, scenes: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from zreward.training.model import (
     trainable,
 )
 from zreward.training.passes import run_rows
-from zreward.training.sequences import Row
+from zreward.training.sequences import Batch, Row
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,19 @@ def data(scenes: Path, student_model: RewardModel) -> TrainingSet:
 
 def question(data: TrainingSet, item: int, dimension: int, output: tuple[int, ...] | None = None) -> Row:
     return Row(data.items[item].prompt, data.items[item].image, dimension, output)
+
+
+def whole_logits(model: RewardModel, batch: Batch) -> torch.Tensor:
+    """transformers' own pass over a batch of one row, [l, vocabulary]."""
+    ids = batch.joined_ids
+    logits: torch.Tensor = model.net(
+        input_ids=ids,
+        attention_mask=batch.joined_mask,
+        mm_token_type_ids=(ids == model.collator.encoder.image_token_id).int(),
+        pixel_values=batch.pixel_values,
+        image_grid_thw=batch.grids_i3,
+    ).logits[0]
+    return logits
 
 
 def mixed_rows(model: RewardModel, data: TrainingSet) -> list[Row]:
@@ -79,18 +92,36 @@ def test_a_padded_batch_gives_what_its_rows_give_alone(student_model: RewardMode
         assert int(together.mask_nt[index].sum()) == n
 
 
+def test_shared_prefixes_give_what_whole_sequences_give(
+    reference_student: Path, student_model: RewardModel, data: TrainingSet
+) -> None:
+    """The same outputs and gradients, whether a prefix runs once for its rows or once in each."""
+    rows = [*mixed_rows(student_model, data), *(question(data, 0, d) for d in range(4))]
+    found = []
+    for checkpointing in (False, True):
+        config = ModelConfig(str(reference_student), gradient_checkpointing=checkpointing, train_vision=True)
+        model = load_model(config, CPU).train()
+        assert model.shares_prefixes != checkpointing
+        out = model(model.collator.batch(rows))
+        (out.bin_log_probs_ak[:, ::2].sum() + out.token_log_probs_t.sum()).backward()
+        gradient = {name: p.grad for name, p in trainable(model)}
+        found.append((out, gradient))
+    (shared, shared_gradient), (whole, whole_gradient) = found
+    torch.testing.assert_close(shared.bin_log_probs_ak, whole.bin_log_probs_ak, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shared.token_log_probs_t, whole.token_log_probs_t, atol=1e-5, rtol=0)
+    for name, expected in whole_gradient.items():
+        if expected is None:
+            assert shared_gradient[name] is None
+            continue
+        assert (shared_gradient[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
+
+
 @torch.no_grad()
 def test_token_log_probs_are_those_of_the_full_logits(student_model: RewardModel, data: TrainingSet) -> None:
     row = mixed_rows(student_model, data)[2]
     assert row.output is not None
     batch = student_model.collator.batch([row])
-    logits = student_model.net(
-        input_ids=batch.input_ids_bl,
-        attention_mask=batch.attention_mask_bl,
-        mm_token_type_ids=student_model.image_mask(batch),
-        pixel_values=batch.pixel_values,
-        image_grid_thw=batch.grids_i3,
-    ).logits[0]
+    logits = whole_logits(student_model, batch)
     log_probs = logits.log_softmax(-1)[-len(row.output) - 1 : -1]
     expected = log_probs.gather(1, torch.tensor(row.output)[:, None])[:, 0]
     torch.testing.assert_close(student_model(batch).token_log_probs_t, expected, atol=1e-5, rtol=0)

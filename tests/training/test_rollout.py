@@ -59,14 +59,14 @@ def test_nearly_cold_samples_are_the_likeliest_tokens(model: RewardModel, questi
     allowed[banned_ids(model.net)] = False
     for row in rows:
         batch = model.collator.batch([row])
+        ids = batch.joined_ids
         with torch.no_grad():
             hidden = model.net.model(
-                input_ids=batch.input_ids_bl,
-                attention_mask=batch.attention_mask_bl,
-                mm_token_type_ids=model.image_mask(batch),
+                input_ids=ids,
+                mm_token_type_ids=(ids == model.collator.encoder.image_token_id).int(),
                 pixel_values=batch.pixel_values,
                 image_grid_thw=batch.grids_i3,
-            ).last_hidden_state[0]
+            ).last_hidden_state[0, batch.prefix_ids_ul.shape[1] :]
             logits = model.net.lm_head(hidden[batch.token_positions_t])
         best = logits.masked_fill(~allowed, -torch.inf).argmax(-1)
         assert best.tolist() == list(row.output or ())
