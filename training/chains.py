@@ -1,6 +1,7 @@
-"""Reasoning chains that were written for labelled questions: JSONL with `id`, `dimension` and `chain` a line.
+"""Written reasoning chains: JSONL with `id`, `dimension` and `chain` a line.
 
-`id` is that of a line of the data set. A question may have several chains.
+`id` is that of a line of the data set. A question may have several chains. A chain for a question without a label
+teaches to reason, and nothing about the score.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from zreward.contract import END_THINK
 from zreward.errors import UsageError
@@ -20,7 +19,7 @@ CHAIN_KEYS = ("id", "dimension", "chain")
 
 
 class Chain(NamedTuple):
-    """The text that leads to the score of a labelled question."""
+    """A text about a question; it leads to the score where the question has a label."""
 
     question: Question
     text: str
@@ -30,8 +29,8 @@ def load_chains(path: Path, data: TrainingSet) -> list[Chain]:
     """Read the chains of a data set.
 
     Raises:
-        UsageError: there is no such file, it is empty, or a line is malformed, names an unknown id or dimension, a
-            question without a label, or holds the text that ends a trace.
+        UsageError: there is no such file, it is empty, or a line is malformed, names an unknown id or dimension, or
+            holds the text that ends a trace.
     """
     if not path.is_file():
         raise UsageError(
@@ -73,7 +72,4 @@ def _chain(line: dict[str, Any], rows: dict[str | int, list[int]], data: Trainin
         raise UsageError(f"{where}: 'chain' must be a text that is not empty")
     if END_THINK.strip() in text:
         raise UsageError(f"{where}: the chain holds {END_THINK.strip()!r}, which ends a trace; remove it")
-    question = Question(matching[0], names.index(line["dimension"]))
-    if np.isnan(data.scores[question]):
-        raise UsageError(f"{where}: {line['id']!r} has no label in {line['dimension']!r}")
-    return Chain(question, text.strip())
+    return Chain(Question(matching[0], names.index(line["dimension"])), text.strip())

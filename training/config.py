@@ -124,8 +124,8 @@ class RunConfig:
     Attributes:
         output: directory of the run; the trained checkpoint is its folder `model`.
         steps: optimizer steps. Batches are drawn epoch by epoch, each in an order of its own.
-        batch_size: what the method counts in one step, over all processes: images for sft and risd, whose questions
-            share them, pairs for grpo and gdso, questions for opd, chains for rewarddance.
+        batch_size: what the method counts in one step, over all processes: images for sft, rewarddance and
+            risd, whose questions share them, pairs for grpo and gdso, questions for opd.
         micro_batch: sequences in one pass through the model; smaller needs less memory and gives the same gradient.
             Multiples of the number of dimensions, or of a group, keep those that share an image together.
         seed: of the order, of added weights and of sampling.

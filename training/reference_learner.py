@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,16 @@ _TIED = "lm_head.weight"
 
 
 class Student:
-    """A model in training with its contract, encoder and auxiliary heads."""
+    """A model in training with its contract, encoder and auxiliary heads.
 
-    def __init__(self, recipe: Recipe) -> None:
+    `more_texts` are further ones that its tokenizer is trained on.
+    """
+
+    def __init__(self, recipe: Recipe, more_texts: Iterable[str] = ()) -> None:
         torch.manual_seed(recipe.seed)
         self.contract = reference_contract(recipe.shape.image_size)
-        self.tokenizer = train_tokenizer(tokenizer_texts(recipe, self.contract), recipe.shape.vocabulary)
+        texts = itertools.chain(tokenizer_texts(recipe, self.contract), more_texts)
+        self.tokenizer = train_tokenizer(texts, recipe.shape.vocabulary)
         self.encoder = PromptEncoder(self.contract, self.tokenizer)
         self.model = Qwen3_5ForConditionalGeneration(student_config(recipe.shape, self.tokenizer))
         initialize_memory(self.model)

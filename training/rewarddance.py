@@ -6,6 +6,8 @@ lead to it. A second form of the same paper, P("yes") for "the first image is be
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,22 +58,31 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         ZrewardError: the loss is not finite.
     """
     options = config.method_options(Options)
-    inputs = check_inputs(config, "rewarddance")
+    inputs = check_inputs(config, "rewarddance", labels="optional")
     chains = load_chains(Path(options.chains), inputs.data)
     run = Run(inputs, progress)
+    of_item: dict[int, list[Chain]] = defaultdict(list)
+    for chain in chains:
+        of_item[chain.question.item].append(chain)
+    items = sorted(of_item)
     sampling = Sampling(options.validation_traces, options.max_new_tokens, options.temperature)
     answers = reasoned_answers(run, sampling, options.validation_traces)
 
     for step in run.steps():
-        batch = run.batch(chains, step)
-        labels_n = torch.tensor([run.data.scores[chain.question] for chain in batch], device=run.device)
-        targets_nk = losses.bin_targets(labels_n.float(), run.core.bins)
+        batch = [chain for item in run.batch(items, step) for chain in of_item[item]]
+        labels = [float(run.data.scores[chain.question]) for chain in batch]
+        labelled_n = torch.tensor([not math.isnan(label) for label in labels], device=run.device)
+        known = torch.tensor([label for label in labels if not math.isnan(label)])
+        targets_nk = losses.bin_targets(known, run.core.bins.cpu()).to(run.device)
 
-        def loss_of(out: RowOutputs, targets_nk: Tensor = targets_nk) -> Tensor:
-            score = losses.score_cross_entropy(out.log_probs_nk, targets_nk)
-            return (
-                losses.sequence_cross_entropy(out.token_log_probs_nt, out.mask_nt)
-                + options.score_weight * score
+        def loss_of(
+            out: RowOutputs, targets_nk: Tensor = targets_nk, labelled_n: Tensor = labelled_n
+        ) -> Tensor:
+            text = losses.sequence_cross_entropy(out.token_log_probs_nt, out.mask_nt)
+            if not labelled_n.any():
+                return text
+            return text + options.score_weight * losses.score_cross_entropy(
+                out.log_probs_nk[labelled_n], targets_nk
             )
 
         loss = run.backward([chain_row(run, chain) for chain in batch], loss_of)
@@ -82,11 +93,11 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
 
 
 def chain_row(run: Run, chain: Chain) -> Row:
-    """The chain, its end, and the code of the bin that is nearest to the label."""
+    """The chain and its end, and where there is a label the code of the nearest bin."""
     encoder, bins = run.core.collator.encoder, run.core.contract.bins
+    output = encoder.trace_ids(chain.text).tolist()
     label = float(run.data.scores[chain.question])
-    code = encoder.code_ids[min(range(len(bins)), key=lambda index: abs(bins[index] - label))]
+    if not math.isnan(label):
+        output.append(encoder.code_ids[min(range(len(bins)), key=lambda index: abs(bins[index] - label))])
     item = run.data.items[chain.question.item]
-    return Row(
-        item.prompt, item.image, chain.question.dimension, (*encoder.trace_ids(chain.text).tolist(), code)
-    )
+    return Row(item.prompt, item.image, chain.question.dimension, tuple(output))

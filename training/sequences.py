@@ -39,12 +39,14 @@ class Row:
         image: path of the image.
         dimension: number of the contract's dimension that is asked about.
         output: ids after an open think block (a trace and its answer); None asks with thinking off.
+        hint: text after the question, where thinking is on.
     """
 
     prompt: str
     image: Path
     dimension: int
     output: tuple[int, ...] | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +174,7 @@ class Collator:
     def _question(self, row: Row) -> Ids:
         if row.output is None:
             return self.encoder.question_ids[row.dimension]
-        return self.encoder.reasoning_question_ids(row.dimension)
+        return self.encoder.reasoning_question_ids(row.dimension, row.hint)
 
     def _padded(self, sequences: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:
         """Ids and mask of sequences in one tensor each."""

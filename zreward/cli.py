@@ -50,6 +50,8 @@ app.command("train")(train.train)
 
 data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
 data_app.command("scenes")(data.scenes)
+data_app.command("benchmark")(data.benchmark)
+data_app.command("chains")(data.chains)
 data_app.command("convert")(data.convert)
 app.add_typer(data_app, name="data")
 

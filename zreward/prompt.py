@@ -105,13 +105,16 @@ class PromptEncoder:
         parts = (self.text_prefix_ids(prompt), self.image_span_ids(n_tokens), self.question_ids[dimension])
         return np.concatenate(parts)
 
-    def reasoning_question_ids(self, dimension: int) -> Ids:
+    def reasoning_question_ids(self, dimension: int, hint: str = "") -> Ids:
         """Ids of a question whose think block is open, int64 [n]: a trace is sampled from here.
+
+        Args:
+            hint: text after the question, for a model that is told something before it reasons.
 
         Raises:
             ContractError: the contract's template has no think block.
         """
-        question = self.contract.dimensions[dimension].question
+        question = self.contract.dimensions[dimension].question + hint
         return self._ids(self.contract.template.reasoning_question.replace("{question}", question))
 
     def trace_ids(self, trace: str) -> Ids:

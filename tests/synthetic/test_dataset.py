@@ -20,8 +20,10 @@ def test_what_is_written_is_what_is_generated(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     candidates = [(s.prompt, c) for s in generate(CONFIG, 4, 3, 2) for c in s.candidates]
     assert len(lines) == len(candidates) == 6
+    assert [line["id"] for line in lines] == list(range(6))
     for line, (prompt, candidate) in zip(lines, candidates, strict=True):
-        assert set(line) == {"prompt", "image", "scores"}
+        assert set(line) == {"id", "prompt", "image", "scores", "annotations"}
+        assert {name: tuple(said) for name, said in line["annotations"].items()} == candidate.annotator_scores
         assert line["prompt"] == prompt
         assert line["scores"] == candidate.human_scores and tuple(line["scores"]) == DIMENSIONS
         with Image.open(path.parent / line["image"]) as image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,7 @@ from zreward.training.model import RewardModel, load_model
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight prompts with three candidates each, every line with an id."""
     directory = tmp_path_factory.mktemp("training") / "scenes"
-    path = write_dataset(directory, SceneConfig(size=SCENE_SIZE), seed=5, n_prompts=8, candidates=3)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    numbered = [json.dumps({"id": number} | line) for number, line in enumerate(lines)]
-    path.write_text("\n".join(numbered) + "\n", encoding="utf-8")
-    return path
+    return write_dataset(directory, SceneConfig(size=SCENE_SIZE), seed=5, n_prompts=8, candidates=3)
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +44,8 @@ def reasoner(tmp_path_factory: pytest.TempPathFactory, reference_student: Path, 
     write_chains(folder / "chains.jsonl", scenes)
     method = f'chains = "{folder / "chains.jsonl"}"\nmax_new_tokens = 16'
     config = folder / "config.toml"
-    config.write_text(config_text(reference_student, scenes, folder / "run", steps=40, method=method))
+    config.write_text(
+        config_text(reference_student, scenes, folder / "run", steps=70, batch_size=3, method=method)
+    )
     rewarddance.train(load_config(config))
     return folder / "run" / "model"

@@ -7,13 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.conftest import Cli
 from tests.support.training import write_chains
 from zreward.contract import ScoreContract
 from zreward.errors import UsageError
 from zreward.training.chains import Chain, load_chains
 from zreward.training.data import Question, TrainingSet, load_training_set
+from zreward.training.rollout import Sampling
+from zreward.training.write_chains import told
+from zreward.training.write_chains import write_chains as write_chains_file
 
 GOOD = {"id": 0, "dimension": "realism", "chain": " a sharp red ball "}
 
@@ -64,3 +69,36 @@ def test_none(load: Callable[..., list[Chain]], data: TrainingSet, tmp_path: Pat
         load()
     with pytest.raises(UsageError, match="no such file of chains"):
         load_chains(tmp_path / "none.jsonl", data)
+
+
+class TestWriting:
+    def test_reasons_of_known_scores(
+        self, cli: Cli, reasoner: Path, scenes: Path, tmp_path: Path, data: TrainingSet
+    ) -> None:
+        output = tmp_path / "chains.jsonl"
+        result = cli(
+            "data", "chains", reasoner, scenes, "-o", output, "--max-new-tokens", "24", "--per-question", "2"
+        )
+        assert result.returncode == 0, result.stderr
+        chains = load_chains(output, data)
+        assert len(chains) > 60  # of 192; the others never ended
+        assert f"{len(chains)}" in result.stdout
+        again = cli("data", "chains", reasoner, scenes, "-o", output)
+        assert again.returncode == 2
+        assert "exists; choose another name" in again.stderr
+
+    def test_the_score_is_given_away(self, data: TrainingSet) -> None:
+        question = data.questions(labelled=True)[0]
+        row = told(data, question, data.contract)
+        nearest = int(np.abs(np.array(data.contract.bins) - data.scores[question]).argmin())
+        assert f"The answer is {data.contract.codes[nearest]}, which stands for" in row.hint
+
+    def test_lines_without_ids(self, reference_student: Path, scenes: Path, tmp_path: Path) -> None:
+        item = json.loads(scenes.read_text(encoding="utf-8").splitlines()[0])
+        del item["id"]
+        item["image"] = str(scenes.parent / item["image"])
+        path = tmp_path / "data.jsonl"
+        path.write_text(json.dumps(item) + "\n", encoding="utf-8")
+        with pytest.raises(UsageError, match=r"data\.jsonl, line 1: no 'id'"):
+            write_chains_file(str(reference_student), path, tmp_path / "out.jsonl", Sampling(1, 16))
+        assert not (tmp_path / "out.jsonl").exists()

@@ -83,7 +83,7 @@ class TestEachMethod:
     ) -> None:
         chains = write_chains(tmp_path / "chains.jsonl", one_prompt)
         method = f'chains = "{chains}"\nmax_new_tokens = 16'
-        run = train("rewarddance", reference_student, method, one_prompt, steps=10, batch_size=12)
+        run = train("rewarddance", reference_student, method, one_prompt, steps=10, batch_size=3)
         losses = logged(run, "step", "loss")
         assert losses[-1] < 0.7 * losses[0]
         scores(run / "model", scenes, tmp_path)

@@ -14,6 +14,56 @@ if TYPE_CHECKING:
     from zreward.training.convert.write import Summary
 
 
+def chains(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Model that writes the reasons: directory, or owner/name.")
+    ],
+    data: Annotated[Path, typer.Argument(exists=True, help="Labelled JSONL with an id in every line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL to write.")],
+    per_question: Annotated[int, typer.Option(min=1, help="Chains for each labelled question.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=4, help="Longer reasons are left out.")] = 1024,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds sample equal chains.")] = 0,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences sampled at a time.")] = 8,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Ask a model for the reasons of known scores: what `zreward train rewarddance` learns from."""
+    from zreward.errors import UsageError
+
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; choose another name, or replace it with --force")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent} is not a directory; make it first")
+    try:
+        from zreward.training.rollout import Sampling
+        from zreward.training.write_chains import write_chains
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"this needs the package {error.name}; install it with `pip install 'zreward[train]'`"
+        ) from None
+    sampling = Sampling(per_question, max_new_tokens)
+    with console.progress() as progress:
+        written, left_out = write_chains(
+            checkpoint, data, output, sampling, seed=seed, micro_batch=micro_batch, progress=progress
+        )
+    console.print_fact("chains", output)
+    console.print_fact("written", written)
+    console.print_fact("left out", left_out)
+
+
+def benchmark(
+    output: Annotated[Path, typer.Argument(help="New or empty directory to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal scenes.")] = 0,
+    scale: Annotated[float, typer.Option(help="Of the number of prompts of every split.")] = 1.0,
+) -> None:
+    """Draw the splits of the synthetic rubric benchmark."""
+    from zreward.synthetic.benchmark import SPLITS, write_benchmark
+
+    with console.progress() as progress:
+        write_benchmark(output, seed=seed, scale=scale, progress=progress)
+    console.print_fact("benchmark", output)
+    console.print_fact("splits", ", ".join(SPLITS))
+
+
 def scenes(
     output: Annotated[Path, typer.Argument(help="New or empty directory to write.")],
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 100,

@@ -17,6 +17,9 @@ from zreward.errors import UsageError
 DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 MIN_SIZE, MAX_SIZE = 48, 480
 
+GENERATOR_VERSION = 1
+"""Raised whenever equal seeds and configs give other pictures or scores than before."""
+
 
 @dataclass(frozen=True)
 class SceneConfig:

@@ -1,8 +1,8 @@
 """Scenes on disk, in the form that `zreward eval`, `score --input` and calibration read.
 
-`scenes.jsonl` has one line per image: {"prompt", "image", "scores"}, with the image's path relative to
-the file and the human score per dimension. `truth.jsonl` has the latent scores, the panel's raw scores
-and what is drawn, line by line in the same order. `dataset.json` records how to make it again.
+`scenes.jsonl` has one line per image, {"id", "prompt", "image", "scores", "annotations"}: its number, the path relative
+to the file, the human score per dimension and what each annotator said. `truth.jsonl` has the latent scores, the
+panel's raw scores and what is drawn, line by line in the same order. `dataset.json` records how to make it again.
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ SCENES_FILE, TRUTH_FILE, RECIPE_FILE = "scenes.jsonl", "truth.jsonl", "dataset.j
 
 
 def write_dataset(
-    directory: Path, config: SceneConfig, seed: int, n_prompts: int, candidates: int = 6
+    directory: Path,
+    config: SceneConfig,
+    seed: int,
+    n_prompts: int,
+    candidates: int = 6,
+    *,
+    labelled: bool = True,
 ) -> Path:
     """Generate scenes and write them as PNG and JSON lines into a new or empty directory.
+
+    Without `labelled`, lines have no scores and no annotations.
 
     Returns:
         The path of `scenes.jsonl`.
@@ -38,22 +46,26 @@ def write_dataset(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{directory} exists and is not an empty directory; choose another one")
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    _write_lines(directory, scenes)
+    _write_lines(directory, scenes, labelled)
     recipe = {"config": config.to_dict(), "seed": seed, "n_prompts": n_prompts, "candidates": candidates}
     write_json(directory / RECIPE_FILE, recipe)
     return directory / SCENES_FILE
 
 
-def _write_lines(directory: Path, scenes: Iterable[Scene]) -> None:
+def _write_lines(directory: Path, scenes: Iterable[Scene], labelled: bool) -> None:
     with (
         (directory / SCENES_FILE).open("w", encoding="utf-8") as labels,
         (directory / TRUTH_FILE).open("w", encoding="utf-8") as truths,
     ):
+        count = 0
         for scene in scenes:
             for number, candidate in enumerate(scene.candidates):
                 name = f"images/{scene.index:05d}-{number}.png"
                 Image.fromarray(candidate.image, "RGB").save(directory / name)
-                label = {"prompt": scene.prompt, "image": name, "scores": candidate.human_scores}
+                label: dict[str, Any] = {"id": count, "prompt": scene.prompt, "image": name}
+                if labelled:
+                    label |= {"scores": candidate.human_scores, "annotations": candidate.annotator_scores}
+                count += 1
                 labels.write(json.dumps(label, ensure_ascii=False) + "\n")
                 truths.write(json.dumps(_truth(name, candidate), ensure_ascii=False) + "\n")
 

@@ -124,7 +124,7 @@ def alignment_errors(spec: PromptSpec, objects: Sequence[SceneObject]) -> Alignm
     for chosen in dict.fromkeys(itertools.permutations(slots, len(wanted))):
         pairs = list(zip(wanted, chosen, strict=True))
         errors = _errors_of_matching(spec, pairs, len(objects))
-        cost = _alignment_cost(spec, errors)
+        cost = alignment_cost(spec, errors)
         if cost < best_cost:
             best_cost, best = cost, errors
     return best
@@ -132,7 +132,7 @@ def alignment_errors(spec: PromptSpec, objects: Sequence[SceneObject]) -> Alignm
 
 def alignment_score(spec: PromptSpec, objects: Sequence[SceneObject]) -> float:
     """The latent alignment score of `objects` under the request `spec`."""
-    return max(WORST, BEST - _alignment_cost(spec, alignment_errors(spec, objects)))
+    return max(WORST, BEST - alignment_cost(spec, alignment_errors(spec, objects)))
 
 
 def true_scores(spec: PromptSpec, objects: Sequence[SceneObject], defects: Defects) -> dict[str, float]:
@@ -141,7 +141,8 @@ def true_scores(spec: PromptSpec, objects: Sequence[SceneObject], defects: Defec
     return {name: scores[name] if name in scores else alignment_score(spec, objects) for name in DIMENSIONS}
 
 
-def _alignment_cost(spec: PromptSpec, errors: AlignmentErrors) -> float:
+def alignment_cost(spec: PromptSpec, errors: AlignmentErrors) -> float:
+    """What the errors take from the best score, not yet floored."""
     asked = spec.n_objects
     return (
         errors.attributes * _ATTRIBUTE_COST[asked]

@@ -1,0 +1,59 @@
+"""Descriptions of scenes, and made-up reasons for scores."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zreward.synthetic import DIMENSIONS, SceneConfig, make_scene
+from zreward.synthetic.descriptions import LEVELS, WORDS, describe, rationalize
+from zreward.synthetic.language import PromptSpec
+from zreward.synthetic.truth import BEST, DEFECTS_OF, PENALTY, WORST, AlignmentErrors, alignment_cost
+
+CONFIG = SceneConfig(size=48)
+
+
+def score_of(text: str, dimension: str, spec: PromptSpec) -> float:
+    """The score that a description deserves, read from its words."""
+    if dimension in DEFECTS_OF:
+        cost = sum(PENALTY[LEVELS.index(word)] for word in text.split()[::2])
+    else:
+        counts = [int(digit) for digit in re.findall(r"\d", text)]
+        cost = alignment_cost(spec, AlignmentErrors(*counts))
+    return max(WORST, BEST - cost)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10_000))
+def test_a_description_tells_the_true_score(index: int) -> None:
+    scene = make_scene(CONFIG, 3, index, candidates=1)
+    candidate = scene.candidates[0]
+    texts = describe(candidate)
+    assert tuple(texts) == DIMENSIONS
+    for name, text in texts.items():
+        assert score_of(text, name, scene.spec) == candidate.true_scores[name]
+        assert {word for word in text.split() if not word.isdigit()} <= set(WORDS)
+
+
+def test_what_is_drawn_comes_first() -> None:
+    candidate = make_scene(CONFIG, 3, 0, candidates=1).candidates[0]
+    drawn = describe(candidate)["alignment"].split(" and ")
+    assert len(drawn) == max(1, len(candidate.objects))
+    for item, text in zip(candidate.objects, drawn, strict=False):
+        assert text.startswith(f"{item.colour} {item.shape}")
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_reasons_fit_the_score_and_not_the_picture(dimension: str) -> None:
+    """As near to the score as the costs of defects come, and not always the same."""
+    spec = make_scene(CONFIG, 3, 1, candidates=1).spec
+    for score in (1.0, 2.5, 4.0, 5.0):
+        texts = {rationalize(np.random.default_rng(seed), dimension, score, spec) for seed in range(30)}
+        found = {score_of(text, dimension, spec) for text in texts}
+        assert len(found) == 1
+        assert abs(found.pop() - score) <= 0.5
+        assert len(texts) > 1 or score > 1.0
