@@ -7,10 +7,8 @@ answers and the log-probability of each sampled token. The vocabulary's logits o
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    DynamicCache,
     Qwen3_5ForConditionalGeneration,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from zreward.checkpoint import Checkpoint
 from zreward.contract import CONTRACT_FILE, ScoreContract
 from zreward.errors import CheckpointError, UsageError
-from zreward.prompt import TOKENIZER_FILE, PromptEncoder, load_tokenizer
+from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.training.config import ModelConfig
 from zreward.training.sequences import Batch, Collator
+from zreward.training.states import StatesWithGradient
 from zreward.training.traces import closed_set
 
 LORA_TARGETS = (
@@ -50,35 +47,8 @@ LORA_TARGETS = (
 """The language model's large linear layers. DeltaNet's gates (in_proj_a and in_proj_b) stay as they are: they are a few
 rows, and rounding or low-rank noise in them moves the whole recurrence."""
 
-_TOKENIZER_EXTRAS = ("tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
-
 _TOKEN_CHUNK = 256
 """Positions whose vocabulary logits are held at once: 0.25 GB for Qwen3.5's vocabulary in float32."""
-
-
-class StatesWithGradient(DynamicCache):
-    """transformers' cache with DeltaNet states that are replaced, not overwritten: a backward pass still needs them."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config=config)
-        self.layers = [
-            _ReplacedStates() if type(layer) is LinearAttentionLayer else layer for layer in self.layers
-        ]
-
-
-class _ReplacedStates(LinearAttentionLayer):
-    def update_conv_state(
-        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **options: Any
-    ) -> Tensor:
-        before = self.conv_states[state_idx]
-        self.conv_states[state_idx] = None if before is None else before.clone()
-        full: Tensor = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **options)
-        return full
-
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
-        self.is_recurrent_states_initialized[state_idx] = True
-        self.recurrent_states[state_idx] = recurrent_states
-        return recurrent_states
 
 
 class Outputs(NamedTuple):
@@ -282,32 +252,6 @@ def contract_of(source: Checkpoint, config: ModelConfig) -> ScoreContract:
     return contract
 
 
-def save_checkpoint(
-    config: ModelConfig, source: Path, weights: Mapping[str, Tensor], directory: Path
-) -> None:
-    """Write what was trained as a checkpoint that `zreward export` reads, in bfloat16.
-
-    The starting checkpoint is read again and takes the trained weights; low-rank additions are merged into the original
-    weights, not into their quantized copies. Needs memory for one copy of the model.
-
-    Args:
-        config: of the run.
-        source: the checkpoint that the run started from, for what is not weights.
-        weights: the parameters that learned, by their names in `RewardModel`.
-    """
-    plain = dataclasses.replace(config, quantize=None, gradient_checkpointing=False, precision="fp32")
-    model = load_model(plain, torch.device("cpu"))
-    with torch.no_grad():
-        for name, parameter in trainable(model):
-            parameter.copy_(weights[name])
-    net: Any = _merged(model.net)
-    net.to(torch.bfloat16).save_pretrained(directory)
-    for name in (TOKENIZER_FILE, *_TOKENIZER_EXTRAS):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-    model.contract.save(directory)
-
-
 def _quiet_libraries() -> None:
     """They draw bars of their own and advise packages for GPUs, which docs/training.md does once."""
     transformers_logging.disable_progress_bar()
@@ -351,18 +295,6 @@ def _with_lora(net: Any, config: ModelConfig) -> Any:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return adapted
-
-
-def _merged(net: Any) -> Any:
-    """The model with its low-rank additions in the weights, or as it is where it has none."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [(name, module) for name, module in net.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, layer in layers:
-        layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, layer.get_base_layer())
-    return net
 
 
 def check_same_contract(ours: ScoreContract, theirs: ScoreContract, path: str) -> None:

@@ -34,32 +34,29 @@ from torch.distributed.tensor import DTensor
 
 from zreward.checkpoint import Checkpoint
 from zreward.errors import UsageError, ZrewardError
-from zreward.jsonfile import read_json_object, write_json
+from zreward.jsonfile import write_json
 from zreward.progress import Progress
 from zreward.staging import staged_directory
-from zreward.training.config import OptimizerConfig, TrainConfig
+from zreward.training.config import TrainConfig
 from zreward.training.data import Labelling, Question, TrainingSet, load_training_set
+from zreward.training.folder import CONFIG_FILE, MODEL_FOLDER, RESULT_FILE, check_output
 from zreward.training.log import TrainingLog, environment
 from zreward.training.model import (
     contract_of,
     load_model,
     runs_in_bfloat16,
-    save_checkpoint,
     trainable,
 )
+from zreward.training.optimize import learning_rate, make_optimizer
 from zreward.training.passes import RowOutputs, backward, run_rows
 from zreward.training.rollout import Sampling, sample_outputs
+from zreward.training.save import save_checkpoint
 from zreward.training.sequences import Row
 from zreward.training.shard import shard
 from zreward.training.state import latest_state, load_state, save_state
 from zreward.training.validate import Answers, validate
 
 T = TypeVar("T")
-
-CONFIG_FILE, RESULT_FILE, MODEL_FOLDER = "config.json", "training.json", "model"
-
-_FREE_TO_CHANGE = ("save_every", "keep", "log_every")
-"""Fields of [run] that a continued run may have changed, because no weight depends on them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +78,7 @@ def check_inputs(config: TrainConfig, method: str, labels: Labelling = "required
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    _check_output(config, method)
+    check_output(config, method)
     contract = contract_of(Checkpoint.open(config.model.checkpoint), config.model)
     data = load_training_set(Path(config.data.train), contract, labels)
     validation = None
@@ -311,84 +308,3 @@ class Run:
             kind, step=self.first_step, method=self.method, versions=environment(), parameters=parameters
         )
         return log
-
-
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """The rate of a step: linear warm-up, then constant, linear or cosine down to 0 after the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    factor = 1 - share if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
-    return config.learning_rate * factor
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over what learns, with weight decay on matrices only.
-
-    Raises:
-        UsageError: nothing learns, or 8-bit state is asked for where there is no GPU.
-    """
-    parameters = [p for _, p in trainable(model)]
-    if not parameters:
-        raise UsageError("no weight of the model learns; set model.lora_rank or train all weights")
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    betas = (config.betas[0], config.betas[1])
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
-    if not torch.cuda.is_available():
-        raise UsageError('optimizer.name "adamw8bit" needs a GPU; take "adamw"')
-    import bitsandbytes.optim
-
-    adamw: Any = bitsandbytes.optim
-    optimizer: torch.optim.Optimizer = adamw.AdamW8bit(groups, lr=config.learning_rate, betas=betas)
-    return optimizer
-
-
-def _check_output(config: TrainConfig, method: str) -> None:
-    """Refuse a directory that holds a finished run, another run, or something else."""
-    output = Path(config.run.output)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"run.output {output} is not a directory")
-    if (output / MODEL_FOLDER).exists():
-        raise UsageError(f"{output} holds a finished run; choose another run.output or remove it")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not (output / CONFIG_FILE).is_file():
-        raise UsageError(f"run.output {output} is not empty and holds no run; choose another one")
-    if latest_state(output) is None:
-        return
-    before = read_json_object(output / CONFIG_FILE, UsageError)
-    now = {"method": method, **config.to_dict()}
-    changed = _difference(_comparable(before), _comparable(now))
-    if changed:
-        raise UsageError(
-            f"{output} holds a run with another config ({changed} differs); finish it with the config that it began "
-            "with, or choose another run.output"
-        )
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """Sections flattened to "section.key", in JSON's types, without what may change."""
-    flat: dict[str, Any] = {}
-    for section, values in config.items():
-        if isinstance(values, dict):
-            flat.update({f"{section}.{key}": _as_json(value) for key, value in values.items()})
-        else:
-            flat[section] = values
-    return {
-        key: value for key, value in flat.items() if key not in {f"run.{name}" for name in _FREE_TO_CHANGE}
-    }
-
-
-def _as_json(value: Any) -> Any:
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    return next((key for key in sorted({*before, *now}) if before.get(key) != now.get(key)), None)

@@ -10,7 +10,7 @@ from tests.support.training import config_text
 from zreward.errors import UsageError
 from zreward.training import gdso, grpo, opd, rewarddance, risd, sft
 from zreward.training.config import OptimizerConfig, load_config
-from zreward.training.run import learning_rate
+from zreward.training.optimize import learning_rate
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -19,10 +19,10 @@ from zreward.training.model import (
     banned_ids,
     check_same_contract,
     load_model,
-    save_checkpoint,
     trainable,
 )
 from zreward.training.passes import run_rows
+from zreward.training.save import save_checkpoint
 from zreward.training.sequences import Batch, Row
 
 CPU = torch.device("cpu")
