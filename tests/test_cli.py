@@ -231,15 +231,87 @@ def test_eval_of_a_bundle_and_of_its_scores_agree(
     cli: Cli, tiny_bundle: Path, scenes: Path, tmp_path: Path
 ) -> None:
     scores = tmp_path / "scores.jsonl"
-    direct = cli("eval", tiny_bundle, scenes.parent, "--json")
+    direct = cli("eval", tiny_bundle, scenes.parent, "--json", "--resamples", "20")
     assert direct.returncode == 0, direct.stderr
     assert cli("score", tiny_bundle, "--input", scenes, "-o", scores).returncode == 0
-    from_file = cli("eval", scores, scenes, "--json")
-    for row, same in zip(json.loads(direct.stdout), json.loads(from_file.stdout), strict=True):
-        assert row == pytest.approx(same)
-    table = cli("eval", scores, scenes)
-    assert widest(table.stdout) <= 80
-    assert "margin HPA" in table.stdout
+    from_file = cli("eval", scores, scenes, "--json", "--resamples", "20")
+    one, other = json.loads(direct.stdout), json.loads(from_file.stdout)
+    assert (one["source"]["kind"], other["source"]["kind"]) == ("bundle", "scores")
+    assert one["source"]["contract_sha256"] == other["source"]["contract_sha256"]
+    assert one["source"]["bundle_sha256"].startswith(other["source"]["bundle_sha256"])
+    assert [row["dimension"] for row in one["rows"]] == [*DIMENSIONS, "overall"]
+    for name in ("data", "bins", "bootstrap", "notes"):
+        assert one[name] == other[name]
+    for row, same in zip(one["rows"], other["rows"], strict=True):
+        for name in ("plcc", "srcc", "hpa", "n_pairs", "margin_hpa", "n_margin_pairs"):
+            assert row[name] == pytest.approx(same[name])
+        for name in ("likelihood", "sharpness"):
+            assert row["calibration"][name] == pytest.approx(same["calibration"][name])
+
+
+def test_eval_prints_tables_of_80_columns_and_writes_a_page(
+    cli: Cli, tiny_bundle: Path, scenes: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    result = cli("eval", tiny_bundle, scenes, "--resamples", "20", "--html", page)
+    assert result.returncode == 0, result.stderr
+    assert widest(result.stdout) <= 80
+    assert all(
+        word in result.stdout for word in (*DIMENSIONS, "margin", "95 % intervals", "Calibration", "NLL")
+    )
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert f"written: {page}" in result.stderr
+    assert "95 %" not in cli("eval", tiny_bundle, scenes, "--resamples", "0").stdout
+
+
+def test_eval_of_a_checkpoint(cli: Cli, tiny_checkpoint: Path, scenes: Path) -> None:
+    result = cli("eval", tiny_checkpoint, scenes, "--json", "--resamples", "0", "--threads", "1")
+    assert result.returncode == 0, result.stderr
+    value = json.loads(result.stdout)
+    assert value["source"]["kind"] == "checkpoint"
+    assert value["rows"][-1]["n_items"] == 24 * len(DIMENSIONS)
+
+
+def test_eval_with_failed_items_prints_the_rest_and_fails(
+    cli: Cli, tiny_bundle: Path, scenes: Path, tmp_path: Path
+) -> None:
+    data = scenes.parent / "broken.jsonl"
+    lines = scenes.read_text(encoding="utf-8").splitlines()
+    data.write_text("\n".join([lines[0].replace(".png", ".gone"), *lines[1:]]), encoding="utf-8")
+    result = cli("eval", tiny_bundle, data, "--json", "--resamples", "0")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["data"]["n_failed"] == 1
+    assert "item 1: " in result.stderr
+    assert "1 of 24 images could not be scored" in result.stderr
+
+
+def test_eval_refuses_wrong_calls_in_one_line_before_the_work(
+    cli: Cli, tiny_bundle: Path, tiny_checkpoint: Path, scenes: Path, tmp_path: Path
+) -> None:
+    empty, unlabelled, other = (tmp_path / f"{name}.jsonl" for name in ("empty", "unlabelled", "other"))
+    empty.write_text("", encoding="utf-8")
+    unlabelled.write_text('{"prompt": "p", "image": "x.png"}\n', encoding="utf-8")
+    other.write_text('{"prompt": "p", "image": "x.png", "scores": {"beauty": 3}}\n', encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for arguments, message in (
+        ([tmp_path / "folder", scenes], "neither a bundle"),
+        ([tiny_bundle, empty], "the data set is empty"),
+        ([tiny_bundle, unlabelled], "line 1: no 'scores'"),
+        ([tiny_bundle, tmp_path / "folder"], "no such data set"),
+        ([tiny_bundle, other], "labels of 'beauty'"),
+        ([tiny_checkpoint, other], "labels of 'beauty'"),
+        ([scenes, scenes], "line 1: answers another data set"),
+        ([tiny_bundle, scenes, "--html", tmp_path / "no" / "page.html"], "no such folder for --html"),
+        ([tiny_bundle, scenes, "--html", tmp_path / "folder"], "is a folder"),
+        ([tiny_bundle, scenes, "--html", scenes], "--html would replace what is evaluated"),
+        ([tiny_bundle, scenes, "--reasoning"], "--reasoning is for checkpoints"),
+        ([tiny_checkpoint, scenes, "--traces", "2"], "add --reasoning"),
+    ):
+        result = cli("eval", *arguments)
+        assert result.returncode == 2, message
+        assert message in " ".join(result.stderr.replace("│", " ").split())
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
 
 
 def test_data_scenes_are_reproducible(cli: Cli, tmp_path: Path) -> None:

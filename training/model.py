@@ -95,7 +95,7 @@ class RewardModel(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         hidden_bsd = self._continued(batch) if self.shares_prefixes else self._joined(batch)
         answers: Tensor = self.net.lm_head(hidden_bsd[batch.answer_rows_a, batch.answer_positions_a])
-        scores = closed_set(answers, self.code_ids)
+        scores = closed_set(answers, batch.codes)
         tokens_td = hidden_bsd[batch.token_rows_t, batch.token_positions_t]
         return Outputs(
             scores.log_probs_nk, scores.off_scale_n, self._token_log_probs(tokens_td, batch.token_ids_t)
@@ -106,7 +106,7 @@ class RewardModel(nn.Module):
 
         `stop_after` in the options makes a stopping criterion from the number of ids in front.
         """
-        images = batch.image_of_prefix_u[batch.prefix_of_row_b]
+        images = batch.images_of_rows()
         ids, mask = batch.left_padded(self.collator.pad_id)
         stop: StoppingCriteria = options.pop("stop_after")(ids.shape[1])
         sequences: Tensor = self.net.generate(
@@ -124,12 +124,13 @@ class RewardModel(nn.Module):
     def _continued(self, batch: Batch) -> Tensor:
         """Hidden states [b, s, d] of the rows, each from the states of its prefix, which ran once."""
         cache: Any = StatesWithGradient(config=self.net.config)
+        images = [image for seen in batch.images_of_prefixes for image in seen]
         self.net.model(
             input_ids=batch.prefix_ids_ul,
             attention_mask=batch.prefix_mask_ul,
             mm_token_type_ids=self._image_mask(batch.prefix_ids_ul),
-            image_grid_thw=batch.grids_i3[batch.image_of_prefix_u],
-            mm_encoder_outputs={"image": self._image_features(batch, batch.image_of_prefix_u)},
+            image_grid_thw=batch.grids_i3[images],
+            mm_encoder_outputs={"image": self._image_features(batch, images)},
             past_key_values=cache,
             use_cache=True,
         )
@@ -145,7 +146,7 @@ class RewardModel(nn.Module):
 
     def _joined(self, batch: Batch) -> Tensor:
         """The same hidden states from whole sequences, prefix and row in one."""
-        images = batch.image_of_prefix_u[batch.prefix_of_row_b]
+        images = batch.images_of_rows()
         ids = batch.joined_ids
         hidden: Tensor = self.net.model(
             input_ids=ids,
@@ -161,10 +162,10 @@ class RewardModel(nn.Module):
         """1 at image placeholders, int32 as `ids`: transformers computes positions from it."""
         return (ids == self.collator.encoder.image_token_id).int()
 
-    def _image_features(self, batch: Batch, images: Tensor) -> BaseModelOutputWithPooling:
+    def _image_features(self, batch: Batch, images: Sequence[int]) -> BaseModelOutputWithPooling:
         """Every image once through the vision tower, then repeated as `images` says."""
         encoded = self.net.model.get_image_features(batch.pixel_values, batch.grids_i3, return_dict=True)
-        of_rows = tuple(encoded.pooler_output[image] for image in images.tolist())
+        of_rows = tuple(encoded.pooler_output[image] for image in images)
         return BaseModelOutputWithPooling(pooler_output=of_rows)  # type: ignore[arg-type]  # one tensor an image
 
     def _token_log_probs(self, hidden_td: Tensor, ids_t: Tensor) -> Tensor:

@@ -113,9 +113,9 @@ def _assembled(
     core: RewardModel, rows: Sequence[Row], batches: Sequence[Batch], outputs: Sequence[Outputs]
 ) -> RowOutputs:
     """One row each, from the flat outputs of the pieces."""
-    bins, device = core.bins, core.net.device
+    n_codes, device = len(batches[0].codes), core.net.device
     longest = max(len(row.output or ()) for row in rows)
-    log_probs_nk = torch.full((len(rows), len(bins)), 1 / len(bins), device=device).log()
+    log_probs_nk = torch.full((len(rows), n_codes), 1 / n_codes, device=device).log()
     valid_n = torch.zeros(len(rows), dtype=torch.bool, device=device)
     off_scale_n = torch.zeros(len(rows), device=device)
     tokens_nt = torch.zeros(len(rows), longest, device=device)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ class Row:
         image: path of the image.
         dimension: number of the contract's dimension that is asked about.
         output: ids after an open think block (a trace and its answer); None asks with thinking off.
-        hint: text after the question, where thinking is on.
+        hint: text after the question.
+        against: a second image, which follows the first one in the prefix.
+        codes: token ids of the answers that are read; None for those of the contract. Rows of a batch have the same.
     """
 
     prompt: str
@@ -47,6 +50,13 @@ class Row:
     dimension: int
     output: tuple[int, ...] | None = None
     hint: str = ""
+    against: Path | None = None
+    codes: tuple[int, ...] | None = None
+
+    @property
+    def look(self) -> tuple[str, Path, Path | None]:
+        """What rows share that continue one prefix."""
+        return self.prompt, self.image, self.against
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +66,21 @@ class Batch:
     Attributes:
         prefix_ids_ul, prefix_mask_ul: int64, text prefix and image placeholders, padded on the left.
         pixel_values: float32 [patches of all images, patch elements]; `grids_i3` has their sizes in patches.
-        image_of_prefix_u: which image each prefix holds.
+        images_of_prefixes: which images each prefix holds, in order.
         prefix_of_row_b: which prefix each row continues.
         start_b: M-RoPE position of the first token after the prefix.
         ids_bs, mask_bs: int64, question and output, padded on the right.
         answer_rows_a, answer_positions_a: where in `ids_bs` the logits of the answers stand. A row whose output has no
             answer is not among them; a row without an output answers after its last token.
         token_rows_t, token_positions_t, token_ids_t: every token of the outputs, and where its logits stand.
+        codes: token ids of the answers that are read.
     """
 
     prefix_ids_ul: Tensor
     prefix_mask_ul: Tensor
     pixel_values: Tensor
     grids_i3: Tensor
-    image_of_prefix_u: Tensor
+    images_of_prefixes: tuple[tuple[int, ...], ...]
     prefix_of_row_b: Tensor
     start_b: Tensor
     ids_bs: Tensor
@@ -79,10 +90,21 @@ class Batch:
     token_rows_t: Tensor
     token_positions_t: Tensor
     token_ids_t: Tensor
+    codes: tuple[int, ...]
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
         return dataclasses.replace(self, **moved)
+
+    def images_of_rows(self) -> list[int]:
+        """The images of the rows' prefixes, one row after the other."""
+        return [
+            image for prefix in self.prefix_of_row_b.tolist() for image in self.images_of_prefixes[prefix]
+        ]
 
     @property
     def positions_3bs(self) -> Tensor:
@@ -127,15 +149,18 @@ class Collator:
         Raises:
             ImageError: an image is damaged; PromptError: a prompt is too long for the contract.
         """
-        looks = list(dict.fromkeys((row.prompt, row.image) for row in rows))
-        images = list(dict.fromkeys(image for _, image in looks))
+        looks = list(dict.fromkeys(row.look for row in rows))
+        images = list(dict.fromkeys(image for _, *seen in looks for image in seen if image is not None))
         patches = [self._patches(image) for image in images]
-        image_of_look = [images.index(image) for _, image in looks]
+        seen_by = [tuple(images.index(image) for image in seen if image is not None) for _, *seen in looks]
         prefixes, starts = zip(
-            *(self._prefix(look[0], patches[k]) for look, k in zip(looks, image_of_look, strict=True)),
+            *(
+                self._prefix(look[0], [patches[image] for image in seen])
+                for look, seen in zip(looks, seen_by, strict=True)
+            ),
             strict=True,
         )
-        prefix_of_row = [looks.index((row.prompt, row.image)) for row in rows]
+        prefix_of_row = [looks.index(row.look) for row in rows]
         heads = [self._question(row) for row in rows]
         outputs = [np.array(row.output or (), dtype=np.int64) for row in rows]
         prefix_ids, prefix_mask = self._padded(prefixes, left=True)
@@ -153,7 +178,7 @@ class Collator:
             prefix_mask,
             torch.from_numpy(np.concatenate([patch.pixel_values for patch in patches])),
             torch.tensor([patch.grid_thw for patch in patches]),
-            torch.tensor(image_of_look),
+            tuple(seen_by),
             torch.tensor(prefix_of_row),
             torch.tensor(starts)[prefix_of_row],
             ids,
@@ -163,17 +188,28 @@ class Collator:
             token_rows,
             token_positions,
             token_ids,
+            rows[0].codes or self.encoder.code_ids,
         )
 
-    def _prefix(self, prompt: str, patches: Patches) -> tuple[Ids, int]:
-        """Ids of text prefix and image, and the position of the token after them."""
+    def _prefix(self, prompt: str, seen: Sequence[Patches]) -> tuple[Ids, int]:
+        """Ids of text prefix and images, and the position of the token after them.
+
+        The text prefix ends in the token that opens an image; a second image is opened by the same.
+        """
         text = self.encoder.text_prefix_ids(prompt)
-        _, after_image = image_positions(len(text), *patches.token_grid)
-        return np.concatenate([text, self.encoder.image_span_ids(patches.n_tokens)]), after_image + 1
+        parts, position = [text], len(text)
+        for number, patches in enumerate(seen):
+            if number:
+                parts.append(text[-1:])
+                position += 1
+            _, after_image = image_positions(position, *patches.token_grid)
+            parts.append(self.encoder.image_span_ids(patches.n_tokens))
+            position = after_image + 1
+        return np.concatenate(parts), position
 
     def _question(self, row: Row) -> Ids:
         if row.output is None:
-            return self.encoder.question_ids[row.dimension]
+            return self.encoder.direct_question_ids(row.dimension, row.hint)
         return self.encoder.reasoning_question_ids(row.dimension, row.hint)
 
     def _padded(self, sequences: Sequence[Ids], *, left: bool) -> tuple[Tensor, Tensor]:

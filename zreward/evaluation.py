@@ -1,28 +1,29 @@
 """Agreement of a model's scores with a labelled data set, per dimension and over all of them.
 
-The comparison is the same whether the scores come from a bundle or from a file that `zreward score`
-wrote: an array of predicted means beside an array of labels. "overall" pools the dimensions: its HPA is
-over all dimensions' same-prompt pairs together, so a dimension counts as much as it has decided pairs.
+The comparison is the same whether the scores come from a bundle, from a checkpoint or from a file that `zreward score`
+wrote: an array of predicted means beside an array of labels. "overall" pools the dimensions: its HPA is over all
+dimensions' same-prompt pairs together, so a dimension counts as much as it has decided pairs.
+`zreward.evaluation_report` adds intervals and calibration for `zreward eval`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from zreward.errors import MetricError, UsageError
-from zreward.jsonfile import parse_json_object
 from zreward.metrics import hpa, margin_hpa, plcc, srcc
-from zreward.pairs import Pair, read_labelled_pairs, read_lines
+from zreward.pairs import Pair, read_labelled_pairs
 
 OVERALL = "overall"
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
 T = TypeVar("T")
 
 
@@ -32,7 +33,7 @@ class Labels:
 
     Attributes:
         dimensions: names, in the order of the columns.
-        pairs: prompt and image of each item.
+        pairs: prompt, image and annotations of each item.
         digests: of the line of each item, by which scores in a file are matched.
         scores: the labels, float64 [n, dimensions]; NaN where an item has none.
     """
@@ -41,6 +42,27 @@ class Labels:
     pairs: tuple[Pair, ...]
     digests: tuple[str, ...]
     scores: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model said of a data set, in the order of its items and labelled dimensions.
+
+    Attributes:
+        means: expected scores, float64 [n, dimensions]; NaN where there is none.
+        bins: the values of the scores, increasing; None where the source has no distributions.
+        probs: float64 [n, dimensions, bins]; NaN where there is no score, None where the source has no distributions.
+    """
+
+    means: Floats
+    bins: tuple[float, ...] | None = None
+    probs: Floats | None = None
+
+    @staticmethod
+    def of_distributions(probs: ArrayLike, bins: tuple[float, ...]) -> Predictions:
+        """Predictions whose means are the expectations of `probs` [n, dimensions, bins]."""
+        values = np.asarray(probs, np.float64)
+        return Predictions(values @ np.array(bins), bins, values)
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,32 @@ class Agreement:
     n_margin_pairs: int
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of one row that have both a prediction and a label, one entry each, [m].
+
+    Attributes:
+        dimension: its name, or "overall".
+        items, columns: which item and which labelled dimension each is of.
+        predicted, truth: mean and label.
+        prompts: number of the item's prompt.
+        n_prompts: prompts of the whole data set.
+    """
+
+    dimension: str
+    items: Indices
+    columns: Indices
+    predicted: Floats
+    truth: Floats
+    prompts: Indices
+    n_prompts: int
+
+    @property
+    def groups(self) -> Indices:
+        """What is compared in pairs: items of one prompt in one dimension."""
+        return np.asarray(self.prompts + self.n_prompts * self.columns)
+
+
 def read_labels(path: Path) -> Labels:
     """Read a data set; a dimension that some lines have no label in is NaN there.
 
@@ -86,74 +134,48 @@ def read_labels(path: Path) -> Labels:
     return Labels(dimensions, tuple(pairs), tuple(digests), scores)
 
 
-def read_predictions(path: Path, labels: Labels) -> Floats:
-    """Means from a file that `zreward score --input` wrote for this data set, float64 [n, dimensions].
-
-    Items that failed are NaN.
-
-    Raises:
-        UsageError: the file does not answer this data set line by line, or lacks a labelled dimension.
-    """
-    predictions = np.full(labels.scores.shape, np.nan)
-    count = 0
-    with path.open("rb") as stream:
-        for line in read_lines(stream):
-            count = line.number
-            try:
-                record = parse_json_object((line.text or b"").decode())
-            except (ValueError, RecursionError):
-                raise UsageError(f"{path}, line {count}: not a line that `zreward score` wrote") from None
-            if count > len(labels.digests) or record.get("input") != labels.digests[count - 1]:
-                raise UsageError(f"{path}, line {count}: answers another data set; score this one first")
-            if "error" not in record:
-                predictions[count - 1] = _means(record, labels.dimensions, f"{path}, line {count}")
-    if count < len(labels.pairs):
-        raise UsageError(
-            f"{path}: answers {count} of {len(labels.pairs)} lines of the data set; "
-            "run the same `zreward score` command again and it goes on where it stopped"
-        )
-    return predictions
-
-
-def compare(predictions: Floats, labels: Labels) -> list[Agreement]:
-    """One row per labelled dimension and one over all of them.
+def compared_scores(means: Floats, labels: Labels) -> list[Scores]:
+    """The scores of each row: one row per labelled dimension and one over all of them.
 
     What has no prediction or no label (NaN) is left out, dimension by dimension.
 
     Raises:
         MetricError: no item has both.
     """
-    known = ~np.isnan(predictions) & ~np.isnan(labels.scores)
+    known = ~np.isnan(means) & ~np.isnan(labels.scores)
     if not known.any():
         raise MetricError("no item of the data set was scored, so there is nothing to compare")
-    prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(p.prompt for p in labels.pairs))}
-    # Pairs of different dimensions are not compared: each dimension gets group numbers of its own.
-    groups = np.array([prompts[pair.prompt] for pair in labels.pairs])[:, None]
-    groups = groups + len(prompts) * np.arange(len(labels.dimensions))
-    rows = [
-        _agreement(
-            name, *(values[known[:, column], column] for values in (predictions, labels.scores, groups))
-        )
-        for column, name in enumerate(labels.dimensions)
-    ]
-    return [*rows, _agreement(OVERALL, predictions[known], labels.scores[known], groups[known])]
+    numbers = {prompt: index for index, prompt in enumerate(dict.fromkeys(p.prompt for p in labels.pairs))}
+    prompts = np.array([numbers[pair.prompt] for pair in labels.pairs])
+
+    def row(name: str, chosen: NDArray[np.bool_]) -> Scores:
+        items, columns = np.nonzero(chosen)
+        predicted, truth = means[items, columns], labels.scores[items, columns]
+        return Scores(name, items, columns, predicted, truth, prompts[items], len(numbers))
+
+    columns = np.arange(len(labels.dimensions))
+    of_dimensions = [row(name, known & (columns == index)) for index, name in enumerate(labels.dimensions)]
+    return [*of_dimensions, row(OVERALL, known)]
 
 
-def _means(record: dict[str, Any], dimensions: Sequence[str], where: str) -> list[float]:
-    try:
-        return [float(record["dimensions"][name]["mean"]) for name in dimensions]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{where}: no mean for a labelled dimension ({error})") from None
+def compare(predictions: Floats, labels: Labels) -> list[Agreement]:
+    """Agreement of means [n, dimensions] with the labels, one row per dimension and one over all of them.
+
+    Raises:
+        MetricError: no item has both.
+    """
+    return [agreement(scores) for scores in compared_scores(predictions, labels)]
 
 
-def _agreement(name: str, predicted: Floats, truth: Floats, groups: NDArray[np.int64]) -> Agreement:
-    preference = _defined(hpa, predicted, truth, groups)
-    clear_preference = _defined(margin_hpa, predicted, truth, groups)
+def agreement(scores: Scores) -> Agreement:
+    """The figures of one row."""
+    preference = defined(hpa, scores.predicted, scores.truth, scores.groups)
+    clear_preference = defined(margin_hpa, scores.predicted, scores.truth, scores.groups)
     return Agreement(
-        dimension=name,
-        n_items=len(predicted),
-        plcc=_defined(plcc, predicted, truth),
-        srcc=_defined(srcc, predicted, truth),
+        dimension=scores.dimension,
+        n_items=len(scores.predicted),
+        plcc=defined(plcc, scores.predicted, scores.truth),
+        srcc=defined(srcc, scores.predicted, scores.truth),
         hpa=preference.value if preference else None,
         n_pairs=preference.n_pairs if preference else 0,
         margin_hpa=clear_preference.value if clear_preference else None,
@@ -161,8 +183,9 @@ def _agreement(name: str, predicted: Floats, truth: Floats, groups: NDArray[np.i
     )
 
 
-def _defined(metric: Callable[..., T], *arguments: NDArray[Any]) -> T | None:
+def defined(metric: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
+    """What `metric` gives for the arguments, or None where it is undefined on them."""
     try:
-        return metric(*arguments)
-    except MetricError:  # a constant, or no pair with different labels
+        return metric(*arguments, **options)
+    except MetricError:  # a constant, no pair with different labels, or too few prompts
         return None

@@ -105,6 +105,21 @@ class PromptEncoder:
         parts = (self.text_prefix_ids(prompt), self.image_span_ids(n_tokens), self.question_ids[dimension])
         return np.concatenate(parts)
 
+    def direct_question_ids(self, dimension: int, hint: str = "") -> Ids:
+        """`question_ids` of a dimension with a text after the question, int64 [n]."""
+        if not hint:
+            return self.question_ids[dimension]
+        question = self.contract.dimensions[dimension].question + hint
+        return self._ids(self.contract.template.question.replace("{question}", question))
+
+    def answer_id(self, text: str) -> int:
+        """The id of an answer other than the contract's codes.
+
+        Raises:
+            ContractError: it is not one token.
+        """
+        return self._single("an answer", text)
+
     def reasoning_question_ids(self, dimension: int, hint: str = "") -> Ids:
         """Ids of a question whose think block is open, int64 [n]: a trace is sampled from here.
 

@@ -88,6 +88,15 @@ class TestEachMethod:
         assert losses[-1] < 0.7 * losses[0]
         scores(run / "model", scenes, tmp_path)
 
+    def test_rewarddance_by_yes(self, train: Train, reference_student: Path, one_prompt: Path) -> None:
+        """Two images in one sequence; pairs, and their images the other way round, are told apart."""
+        method = 'form = "yes"\nanswers = ["9", "1"]'
+        options = {"steps": 24, "batch_size": 8, "validation": True}
+        run = train("rewarddance", reference_student, method, one_prompt, **options)
+        losses = logged(run, "step", "loss")
+        assert losses[-1] < 0.7 * losses[0]
+        assert logged(run, "validation", "overall")[0]["hpa"] > 0.7
+
     def test_grpo(self, train: Train, reasoner: Path, one_prompt: Path, scenes: Path, tmp_path: Path) -> None:
         """What it lowers is the lack of reward: samples come to deserve more of it."""
         run = train("grpo", reasoner, SAMPLING.format(4), one_prompt, steps=10, batch_size=3)

@@ -117,6 +117,25 @@ def test_shared_prefixes_give_what_whole_sequences_give(
 
 
 @torch.no_grad()
+def test_two_images_in_one_row(student_model: RewardModel, data: TrainingSet) -> None:
+    """transformers' own positions and features for a sequence with two images, and answers of other codes."""
+    first, second = question(data, 0, 1), data.items[4].image
+    codes = tuple(student_model.code_ids[:2])
+    row = dataclasses.replace(first, against=second, hint=" Better?", codes=codes)
+    batch = student_model.collator.batch([row])
+    assert int((batch.prefix_ids_ul == student_model.collator.encoder.image_token_id).sum()) == 18
+    expected = whole_logits(student_model, batch)[-1, list(codes)].log_softmax(-1)
+    out = run_rows(student_model, student_model, [first, first], 2)
+    assert out.log_probs_nk.shape == (2, 9)
+    compared = run_rows(student_model, student_model, [row, dataclasses.replace(row, dimension=0)], 2)
+    assert compared.log_probs_nk.shape == (2, 2)
+    torch.testing.assert_close(compared.log_probs_nk[0], expected, atol=1e-5, rtol=0)
+    swapped = dataclasses.replace(row, image=second, against=first.image)
+    other = run_rows(student_model, student_model, [swapped], 1).log_probs_nk[0]
+    assert (other - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_token_log_probs_are_those_of_the_full_logits(student_model: RewardModel, data: TrainingSet) -> None:
     row = mixed_rows(student_model, data)[2]
     assert row.output is not None

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from zreward.errors import MetricError, UsageError
-from zreward.evaluation import Labels, compare, read_labels, read_predictions
+from zreward.evaluation import Labels, Predictions, compare, compared_scores, read_labels
 from zreward.pairs import Pair
 
 DIMENSIONS = ("alignment", "realism")
@@ -95,21 +95,21 @@ def test_missing_labels_are_left_out_of_their_dimension_alone(labels: Labels) ->
     assert overall.n_pairs == alignment.n_pairs + realism.n_pairs
 
 
-def test_scores_of_another_data_set_are_refused(tmp_path: Path) -> None:
-    labels = read_labels(write_data(tmp_path / "data.jsonl", ("realism",), ("realism",)))
-    scores = tmp_path / "scores.jsonl"
-    record = {"line": 1, "input": labels.digests[0], "dimensions": {"realism": {"mean": 2.5}}}
-    failed = {"line": 2, "input": labels.digests[1], "error": {"type": "ImageError", "message": "gone"}}
+def test_rows_hold_what_has_prediction_and_label(labels: Labels) -> None:
+    predictions, gaps = labels.scores + 0.25, labels.scores.copy()
+    predictions[3, 0] = gaps[5, 1] = np.nan
+    rows = compared_scores(predictions, dataclasses.replace(labels, scores=gaps))
+    assert [row.dimension for row in rows] == [*DIMENSIONS, "overall"]
+    assert [len(row.items) for row in rows] == [39, 39, 78]
+    for row in rows:
+        np.testing.assert_array_equal(row.predicted, row.truth + 0.25)
+        np.testing.assert_array_equal(row.truth, gaps[row.items, row.columns])
+        np.testing.assert_array_equal(row.prompts, row.items // 4)
+        assert len(set(row.groups)) == 10 * len(set(row.columns))
 
-    scores.write_text(f"{json.dumps(record)}\n{json.dumps(failed)}\n", encoding="utf-8")
-    np.testing.assert_equal(read_predictions(scores, labels), [[2.5], [np.nan]])
 
-    scores.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(UsageError, match="answers 1 of 2 lines"):
-        read_predictions(scores, labels)
-    scores.write_text(json.dumps({**record, "input": "0" * 16}), encoding="utf-8")
-    with pytest.raises(UsageError, match="line 1: answers another data set"):
-        read_predictions(scores, labels)
-    scores.write_text("no JSON", encoding="utf-8")
-    with pytest.raises(UsageError, match="line 1: not a line"):
-        read_predictions(scores, labels)
+def test_means_of_distributions() -> None:
+    probs = np.array([[[0.25, 0.75], [1.0, 0.0]], [[np.nan, np.nan], [0.5, 0.5]]])
+    predictions = Predictions.of_distributions(probs, (1.0, 3.0))
+    np.testing.assert_array_equal(predictions.means, [[2.5, 1.0], [np.nan, 2.0]])
+    assert predictions.bins == (1.0, 3.0)
