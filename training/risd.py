@@ -20,6 +20,7 @@ from zreward.training import losses
 from zreward.training.config import TrainConfig
 from zreward.training.model import check_same_contract, scores_of
 from zreward.training.rollout import Sampling
+from zreward.training.rollout_server import Server
 from zreward.training.run import Run, check_inputs
 from zreward.training.sequences import Row
 from zreward.training.teacher import cached_distributions
@@ -34,12 +35,28 @@ class Options:
         reasoning: whether the teacher reasons before it answers.
         sampling: of its traces; `group_size` of them are averaged.
         cache: folder of its answers; by default `teacher` in the run's output.
+        server: address of a vLLM server that samples its traces, such as "http://localhost:8000".
+        served_model: the teacher's name there; by default `teacher`.
     """
 
     teacher: str
     reasoning: bool = True
     sampling: Sampling = field(default_factory=lambda: Sampling(group_size=1))
     cache: str | None = None
+    server: str | None = None
+    served_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.server is None and self.served_model is not None:
+            raise UsageError("method.served_model is a name on a server; method.server is missing")
+        if self.server is not None and not self.reasoning:
+            raise UsageError(
+                "method.server samples traces, of which there are none with method.reasoning = false"
+            )
+
+    def serving(self) -> Server | None:
+        """Where the traces are sampled, if not here."""
+        return None if self.server is None else Server(self.server, self.served_model or self.teacher)
 
 
 def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -47,9 +64,11 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
 
     Raises:
         UsageError, CheckpointError: before any training (`Run.start`), or the teacher has another contract.
+        BackendError: the server cannot be used.
         ZrewardError: the loss is not finite.
     """
     options = config.method_options(Options)
+    server = options.serving()
     inputs = check_inputs(config, "risd", labels="optional")
     teacher = Checkpoint.open(options.teacher)
     check_same_contract(inputs.data.contract, teacher.contract(), options.teacher)
@@ -65,6 +84,7 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         micro_batch=config.run.micro_batch,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         progress=progress,
+        server=server,
     )
     answered = {
         question: row for question, row in zip(questions, log_probs, strict=True) if not row.isnan().any()

@@ -91,7 +91,7 @@ def _generated(model: RewardModel, questions: Sequence[Row], sampling: Sampling)
         synced_gpus=is_sharded(model),
     )
     end = net.generation_config.eos_token_id
-    outputs = [_trimmed(ids, reader, end) for ids in generated.tolist()]
+    outputs = [trimmed(ids, reader, end) for ids in generated.tolist()]
     size = sampling.group_size
     return [
         [replace(row, output=output) for output in outputs[index * size : (index + 1) * size]]
@@ -99,7 +99,7 @@ def _generated(model: RewardModel, questions: Sequence[Row], sampling: Sampling)
     ]
 
 
-def _trimmed(ids: Sequence[int], reader: TraceReader, end: int | Sequence[int] | None) -> tuple[int, ...]:
+def trimmed(ids: Sequence[int], reader: TraceReader, end: int | Sequence[int] | None) -> tuple[int, ...]:
     """An output up to its answer, or up to the end of text where there is none: what follows is padding."""
     place = reader.answer_position(ids)
     if place is not None:

@@ -4,6 +4,9 @@ A teacher of 27B that writes 750 tokens for each question costs more than all tr
 are stored in parts as they come: a killed run goes on where it stopped, and another run with the same teacher,
 contract, data and sampling finds them done. `teacher.json` in the folder has the hashes of all four; a folder of others
 is refused.
+
+A server may sample the traces, which is nearly all of the work. The distributions are read here even then, by one pass
+over the ids that it returned: exactly, from the weights whose hash is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from zreward.training.config import ModelConfig
 from zreward.training.data import Question, TrainingSet
 from zreward.training.model import RewardModel, check_same_contract, freeze, load_model
 from zreward.training.passes import run_rows
-from zreward.training.rollout import Sampling, sample_outputs
+from zreward.training.rollout import Rollout, Sampling, sample_outputs
+from zreward.training.rollout_server import Server, check_served, server_rollout
 from zreward.training.sequences import Row
 
 META_FILE = "teacher.json"
@@ -55,15 +59,18 @@ def cached_distributions(
     micro_batch: int,
     device: torch.device,
     progress: Progress,
+    server: Server | None = None,
 ) -> Tensor:
     """log q_T of every question, float32 [questions, bins]; NaN where no trace of the teacher led to a score.
 
     The distributions of `sampling.group_size` traces are averaged: the gradient of KL(mean ‖ student) is that of the
-    mean KL over the traces. Without `sampling` the teacher answers without reasoning.
+    mean KL over the traces. Without `sampling` the teacher answers without reasoning. With `server` the traces are
+    sampled there.
 
     Raises:
         UsageError: the folder holds answers of another teacher, contract, data set or sampling.
         CheckpointError: a part is damaged, or the teacher's contract asks other questions.
+        BackendError: the server cannot be used (`zreward.training.rollout_server`).
     """
     meta = {
         "teacher_sha256": checkpoint_sha256(Checkpoint.open(teacher)),
@@ -71,19 +78,25 @@ def cached_distributions(
         "data_sha256": data.sha256,
         "questions": len(questions),
         "sampling": asdict(sampling) if sampling else None,
+        "served_model": server.model if server else None,
         "seed": seed,
     }
     _check_folder(folder, meta)
     parts = [questions[start : start + _PART] for start in range(0, len(questions), _PART)]
     model: RewardModel | None = None
+    rollout: Rollout | None = None
     for number, part in enumerate(parts):
         path = folder / f"part-{number:06d}.safetensors"
         if not path.is_file():
             if model is None:
+                if server is not None:
+                    check_served(server)
                 model = load_teacher(teacher, config, device)
                 check_same_contract(data.contract, model.contract, teacher)
+                if server is not None:
+                    rollout = server_rollout(server, Checkpoint.open(teacher), model.collator)
             rows = [Row(data.items[q.item].prompt, data.items[q.item].image, q.dimension) for q in part]
-            values = distributions(model, rows, sampling, seed + number, micro_batch)
+            values = distributions(model, rows, sampling, seed + number, micro_batch, rollout)
             partial = path.with_suffix(".partial")
             save_file({"log_probs": values.contiguous().cpu()}, partial)
             partial.replace(path)
@@ -92,12 +105,24 @@ def cached_distributions(
 
 
 def distributions(
-    model: RewardModel, rows: Sequence[Row], sampling: Sampling | None, seed: int, micro_batch: int
+    model: RewardModel,
+    rows: Sequence[Row],
+    sampling: Sampling | None,
+    seed: int,
+    micro_batch: int,
+    rollout: Rollout | None = None,
 ) -> Tensor:
-    """log of the mean distribution over a question's traces, float32 [rows, bins]; NaN where all traces failed."""
+    """log of the mean distribution over a question's traces, float32 [rows, bins]; NaN where all traces failed.
+
+    Args:
+        rollout: samples the traces in place of the model.
+    """
     if sampling is None:
         return run_rows(model, model, rows, micro_batch).log_probs_nk
-    groups = sample_outputs(model, rows, sampling, seed, micro_batch)
+    if rollout is not None:
+        groups = rollout(rows, sampling, seed)
+    else:
+        groups = sample_outputs(model, rows, sampling, seed, micro_batch)
     out = run_rows(model, model, [row for group in groups for row in group], micro_batch)
     weights_ng = out.valid_n.view(len(rows), -1).float()
     probs_ngk = out.log_probs_nk.exp().view(len(rows), sampling.group_size, -1)

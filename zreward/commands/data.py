@@ -24,6 +24,12 @@ def chains(
     max_new_tokens: Annotated[int, typer.Option(min=4, help="Longer reasons are left out.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds sample equal chains.")] = 0,
     micro_batch: Annotated[int, typer.Option(min=1, help="Sequences sampled at a time.")] = 8,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="vLLM server that samples in place of this process.")
+    ] = None,
+    served_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name on it (else: CHECKPOINT).")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Ask a model for the reasons of known scores: what `zreward train rewarddance` learns from."""
@@ -33,17 +39,28 @@ def chains(
         raise UsageError(f"{output} exists; choose another name, or replace it with --force")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent} is not a directory; make it first")
+    if served_model is not None and server is None:
+        raise UsageError("--served-model is a name on a server; say which one with --server")
     try:
         from zreward.training.rollout import Sampling
+        from zreward.training.rollout_server import Server
         from zreward.training.write_chains import write_chains
     except ModuleNotFoundError as error:
         raise UsageError(
             f"this needs the package {error.name}; install it with `pip install 'zreward[train]'`"
         ) from None
     sampling = Sampling(per_question, max_new_tokens)
+    serving = None if server is None else Server(server, served_model or checkpoint)
     with console.progress() as progress:
         written, left_out = write_chains(
-            checkpoint, data, output, sampling, seed=seed, micro_batch=micro_batch, progress=progress
+            checkpoint,
+            data,
+            output,
+            sampling,
+            seed=seed,
+            micro_batch=micro_batch,
+            progress=progress,
+            server=serving,
         )
     console.print_fact("chains", output)
     console.print_fact("written", written)
