@@ -137,9 +137,9 @@ class TestEachMethod:
     ) -> None:
         """A student that never saw a trace comes closer to its teacher's, by the estimate of its own KL."""
         method = f'teacher = "{reasoner}"\n' + SAMPLING.format(2)
-        run = train("opd", reference_student, method, one_prompt, steps=10, batch_size=8)
-        first, second = halves(logged(run, "step", "reverse_kl"))
-        assert second < 0.9 * first
+        run = train("opd", reference_student, method, one_prompt, steps=20, batch_size=12)
+        found = logged(run, "step", "reverse_kl")
+        assert np.mean(found[-6:]) < 0.9 * np.mean(found[:6])
         scores(run / "model", scenes, tmp_path)
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from tests.conftest import Cli
 from tests.support.training import config_text
 from zreward.checkpoint import Checkpoint
 from zreward.errors import BackendError, UsageError
@@ -624,14 +625,39 @@ def test_a_teacher_is_served_under_its_own_name_unless_told_otherwise() -> None:
     assert risd.Options("teacher").serving() is None
 
 
+def test_without_a_server_this_process_samples(
+    reasoner: Path, model: RewardModel, questions: list[Row], one_prompt: Path, tmp_path: Path
+) -> None:
+    def local(rows: Any, sampling: Sampling, seed: int) -> list[list[Row]]:
+        return sample_outputs(model, rows, sampling, seed, 8)
+
+    given = teacher.distributions(model, questions, FEW, 5, 8, local)
+    assert given.equal(teacher.distributions(model, questions, FEW, 5, 8))
+    written, _ = write_chains.write_chains(str(reasoner), one_prompt, tmp_path / "out.jsonl", Sampling(1, 16))
+    assert written > 0
+
+
 def test_chains_come_from_a_server_without_a_model(
     stub: Stub, reasoner: Path, one_prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_chains, "load_model", _never)
+    output = tmp_path / "out.jsonl"
     written, left_out = write_chains.write_chains(
-        str(reasoner), one_prompt, tmp_path / "out.jsonl", Sampling(2, 24), server=Server(stub.url, NAME)
+        str(reasoner), one_prompt, output, Sampling(2, 24), server=Server(stub.url, NAME)
     )
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == written > 0
     assert written + left_out == len(stub.requests) * 2
     assert all(line["chain"] and "</think>" not in line["chain"] for line in lines)
+
+
+def test_chains_on_the_command_line(
+    cli: Cli, stub: Stub, reasoner: Path, one_prompt: Path, tmp_path: Path
+) -> None:
+    command = ["data", "chains", reasoner, one_prompt, "-o", tmp_path / "out.jsonl", "--max-new-tokens", "16"]
+    named = ["--served-model", NAME]
+    assert (refused := cli(*command, *named)).returncode == 2
+    assert "say which one with --server" in refused.stderr
+    done = cli(*command, *named, "--server", stub.url, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert len(stub.requests) == 3 * len(stub.model.contract.dimensions)
