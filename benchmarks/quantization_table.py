@@ -222,8 +222,10 @@ def as_svg(rows: list[dict[str, Any]]) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.85"/>')
         if tool == "zreward":
             text = row["name"].removeprefix("zreward ").replace("--budget ", "").replace("--method ", "")
-            label = y - 10 if text.endswith("rtn") else y + 18
-            parts.append(f'<text x="{x - 4:.1f}" y="{label:.1f}" fill="{colour}">{text}</text>')
+            # Plain rounding lies among the dots of other tools: its name stands to the left.
+            at = f'x="{x - 9:.1f}" y="{y + 4:.1f}" text-anchor="end"' if text.endswith("rtn") else ""
+            at = at or f'x="{x - 4:.1f}" y="{y + 18:.1f}"'
+            parts.append(f'<text {at} fill="{colour}">{text}</text>')
     return "".join(parts) + "</svg>\n"
 
 

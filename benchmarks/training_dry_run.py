@@ -71,7 +71,7 @@ def main() -> int:
         scenes = write_dataset(folder / "scenes", SceneConfig(size=options.image_size), 0, 4, candidates=2)
         config = folder / "config.toml"
         config.write_text(config_text(options, scenes, folder / "run"), encoding="utf-8")
-        training_run.sample_outputs = Ended()  # type: ignore[assignment]
+        training_run.sample_outputs = Ended()  # type: ignore[assignment]  # in place of the function, here alone
         started = time.perf_counter()
         METHODS[options.method].train(load_config(config), lambda *_: None)
         seconds = time.perf_counter() - started

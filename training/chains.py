@@ -6,14 +6,13 @@ teaches to reason, and nothing about the score.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zreward.contract import END_THINK
 from zreward.errors import UsageError
 from zreward.pairs import LineError, parse_line, read_lines
-from zreward.training.data import Question, TrainingSet
+from zreward.training.data import Question, TrainingSet, dimension_of_name, item_of_id, rows_by_id
 
 CHAIN_KEYS = ("id", "dimension", "chain")
 
@@ -36,10 +35,7 @@ def load_chains(path: Path, data: TrainingSet) -> list[Chain]:
         raise UsageError(
             f"{path}: no such file of chains; expected JSONL with {', '.join(CHAIN_KEYS)} a line"
         )
-    rows: dict[str | int, list[int]] = defaultdict(list)
-    for index, item in enumerate(data.items):
-        if item.id is not None:
-            rows[item.id].append(index)
+    rows = rows_by_id(data)
     chains = []
     with path.open("rb") as stream:
         for line in read_lines(stream):
@@ -58,18 +54,11 @@ def _chain(line: dict[str, Any], rows: dict[str | int, list[int]], data: Trainin
         raise UsageError(
             f"{where}: expected the keys {', '.join(CHAIN_KEYS)}; found {', '.join(line) or 'none'}"
         )
-    matching = rows.get(line["id"], []) if isinstance(line["id"], str | int) else []
-    if len(matching) != 1:
-        count = "no line" if not matching else f"{len(matching)} lines"
-        raise UsageError(f"{where}: id is {line['id']!r}, which {count} of {data.path} has")
-    names = data.contract.dimension_names
-    if line["dimension"] not in names:
-        raise UsageError(
-            f"{where}: the contract has no dimension {line['dimension']!r}; it has {', '.join(names)}"
-        )
+    item = item_of_id(line["id"], rows, data, f"{where}: id")
+    dimension = dimension_of_name(line["dimension"], data.contract, where)
     text = line["chain"]
     if not isinstance(text, str) or not text.strip():
         raise UsageError(f"{where}: 'chain' must be a text that is not empty")
     if END_THINK.strip() in text:
         raise UsageError(f"{where}: the chain holds {END_THINK.strip()!r}, which ends a trace; remove it")
-    return Chain(Question(matching[0], names.index(line["dimension"])), text.strip())
+    return Chain(Question(item, dimension), text.strip())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -169,10 +169,7 @@ def load_pairs(path: Path, data: TrainingSet) -> list[LabelledPair]:
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file of pairs; expected JSONL with {', '.join(PAIR_KEYS)} a line")
-    ids: dict[str | int, list[int]] = defaultdict(list)
-    for index, item in enumerate(data.items):
-        if item.id is not None:
-            ids[item.id].append(index)
+    ids = rows_by_id(data)
     with path.open("rb") as stream:
         found = []
         for line in read_lines(stream):
@@ -186,35 +183,44 @@ def load_pairs(path: Path, data: TrainingSet) -> list[LabelledPair]:
     return found
 
 
-def split_by_prompt(data: TrainingSet, share: float, seed: int = 0) -> tuple[TrainingSet, TrainingSet]:
-    """Two sets with about `share` of the prompts in the second; all candidates of a prompt stay together.
+def rows_by_id(data: TrainingSet) -> dict[str | int, list[int]]:
+    """The items that have an id, by it."""
+    found: dict[str | int, list[int]] = defaultdict(list)
+    for index, item in enumerate(data.items):
+        if item.id is not None:
+            found[item.id].append(index)
+    return found
+
+
+def item_of_id(value: object, rows: Mapping[str | int, list[int]], data: TrainingSet, where: str) -> int:
+    """The one item with an id.
 
     Raises:
-        UsageError: a side would be empty.
+        UsageError: there is none, or there are several.
     """
-    prompts = sorted({item.prompt for item in data.items})
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    chosen = {prompts[index] for index in order[: round(share * len(prompts))]}
-    rows = [np.array([(item.prompt in chosen) == side for item in data.items]) for side in (False, True)]
-    if not all(side.any() for side in rows):
-        raise UsageError(
-            f"{data.path}: a share of {share:g} of {len(prompts)} prompts leaves one side of the split empty"
-        )
-    first, second = (_subset(data, np.flatnonzero(side)) for side in rows)
-    return first, second
+    matching = rows.get(value, []) if isinstance(value, str | int) else []
+    if len(matching) != 1:
+        count = "no line" if not matching else f"{len(matching)} lines"
+        raise UsageError(f"{where} is {value!r}, an id that {count} of {data.path} has")
+    return matching[0]
 
 
-def _subset(data: TrainingSet, rows: NDArray[np.intp]) -> TrainingSet:
-    items = tuple(data.items[row] for row in rows)
-    return TrainingSet(data.path, data.contract, items, data.scores[rows], data.sha256)
+def dimension_of_name(name: object, contract: ScoreContract, where: str) -> int:
+    """The number of a dimension.
+
+    Raises:
+        UsageError: the contract does not have it.
+    """
+    names = contract.dimension_names
+    if not isinstance(name, str) or name not in names:
+        raise UsageError(f"{where}: the contract has no dimension {name!r}; it has {', '.join(names)}")
+    return names.index(name)
 
 
 def _check_labels(item: Pair, contract: ScoreContract, labels: Labelling, where: str) -> None:
     low, high = contract.bins[0], contract.bins[-1]
     for name in [*item.scores, *item.annotations]:
-        if name not in contract.dimension_names:
-            known = ", ".join(contract.dimension_names)
-            raise UsageError(f"{where}: the contract has no dimension {name!r}; it has {known}")
+        dimension_of_name(name, contract, where)
     for name, score in item.scores.items():
         if not low <= score <= high:
             raise UsageError(
@@ -235,19 +241,9 @@ def _chosen_pair(
         raise UsageError(
             f"{where}: expected the keys {', '.join(PAIR_KEYS)}; found {', '.join(line) or 'none'}"
         )
-    rows = []
-    for key in ("first", "second"):
-        value = line[key]
-        matching = ids.get(value, []) if isinstance(value, str | int) else []
-        if len(matching) != 1:
-            count = "no line" if not matching else f"{len(matching)} lines"
-            raise UsageError(f"{where}: {key} is {value!r}, an id that {count} of {data.path} has")
-        rows.append(matching[0])
+    rows = [item_of_id(line[key], ids, data, f"{where}: {key}") for key in ("first", "second")]
     first, second = rows
-    name = line["dimension"]
-    if name not in data.contract.dimension_names:
-        known = ", ".join(data.contract.dimension_names)
-        raise UsageError(f"{where}: the contract has no dimension {name!r}; it has {known}")
+    dimension = dimension_of_name(line["dimension"], data.contract, where)
     if first == second:
         raise UsageError(f"{where}: both sides of the pair are {line['first']!r}")
     if data.items[first].prompt != data.items[second].prompt:
@@ -255,10 +251,9 @@ def _chosen_pair(
             f"{where}: {line['first']!r} and {line['second']!r} have different prompts; only candidates of one prompt "
             "are compared"
         )
-    dimension = data.contract.dimension_names.index(str(name))
     for key, row in zip(("first", "second"), rows, strict=True):
         if np.isnan(data.scores[row, dimension]):
-            raise UsageError(f"{where}: {line[key]!r} has no label in {name!r}")
+            raise UsageError(f"{where}: {line[key]!r} has no label in {line['dimension']!r}")
     return LabelledPair(first, second, dimension)
 
 

@@ -10,7 +10,8 @@ from zreward.jsonfile import read_json_object
 from zreward.training.config import TrainConfig
 from zreward.training.state import latest_state
 
-CONFIG_FILE, RESULT_FILE, MODEL_FOLDER = "config.json", "training.json", "model"
+CONFIG_FILE, RESULT_FILE, MODEL_FOLDER = "run.json", "training.json", "model"
+"""`config.json` would be a name that checkpoints have: a checkpoint given as run.output must not be taken for a run."""
 
 _FREE_TO_CHANGE = ("save_every", "keep", "log_every")
 """Fields of [run] that a continued run may have changed, because no weight depends on them."""

@@ -50,6 +50,9 @@ rows, and rounding or low-rank noise in them moves the whole recurrence."""
 _TOKEN_CHUNK = 256
 """Positions whose vocabulary logits are held at once: 0.25 GB for Qwen3.5's vocabulary in float32."""
 
+_SHORT_CHUNK = 32
+"""Of DeltaNet on a CPU: 0.75 of the time of a step with outputs of 13 tokens."""
+
 
 class Outputs(NamedTuple):
     """What a forward pass returns; a tuple, so that FSDP can see its tensors.
@@ -133,6 +136,7 @@ class RewardModel(nn.Module):
             mm_encoder_outputs={"image": self._image_features(batch, images)},
             past_key_values=cache,
             use_cache=True,
+            **self._chunks(batch.prefix_ids_ul),
         )
         cache.reorder_cache(batch.prefix_of_row_b)
         hidden: Tensor = self.net.model(
@@ -141,6 +145,7 @@ class RewardModel(nn.Module):
             position_ids=batch.positions_3bs,
             past_key_values=cache,
             use_cache=True,
+            **self._chunks(batch.ids_bs),
         ).last_hidden_state
         return hidden
 
@@ -155,8 +160,15 @@ class RewardModel(nn.Module):
             image_grid_thw=batch.grids_i3[images],
             mm_encoder_outputs={"image": self._image_features(batch, images)},
             use_cache=False,
+            **self._chunks(ids),
         ).last_hidden_state
         return hidden[:, -batch.ids_bs.shape[1] :]
+
+    def _chunks(self, ids: Tensor) -> dict[str, int]:
+        """Tokens that DeltaNet takes at a time where torch computes it: it fills rows up to whole chunks, of 64 if it
+        is not told, and a short output would be mostly filling."""
+        short = ids.device.type == "cpu" and ids.shape[1] <= 8 * _SHORT_CHUNK
+        return {"chunk_size": _SHORT_CHUNK} if short else {}
 
     def _image_mask(self, ids: Tensor) -> Tensor:
         """1 at image placeholders, int32 as `ids`: transformers computes positions from it."""

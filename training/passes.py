@@ -37,9 +37,6 @@ class RowOutputs:
     mask_nt: Tensor
 
 
-Forward = Callable[[Batch], Outputs]
-
-
 @torch.no_grad()
 def run_rows(model: nn.Module, core: RewardModel, rows: Sequence[Row], micro_batch: int) -> RowOutputs:
     """Outputs without gradient.

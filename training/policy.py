@@ -20,6 +20,7 @@ from zreward.training.passes import RowOutputs
 from zreward.training.rollout import Sampling
 from zreward.training.run import Inputs, Run
 from zreward.training.sequences import Row
+from zreward.training.shard import is_sharded
 from zreward.training.validate import Answers
 
 
@@ -149,11 +150,18 @@ class Reference:
     """π_ref: the learning weights as they were some steps ago, kept beside the model and swapped in when it is asked.
 
     A run that resumes between two of its renewals reads it from the state.
+
+    Raises:
+        UsageError: it would have to be kept in pieces: states hold none of it for runs with `shard`.
     """
 
     def __init__(self, run: Run, options: PolicyOptions) -> None:
         self._every = options.reference_every
         self._needed = options.beta > 0
+        if self._needed and is_sharded(run.core):
+            raise UsageError(
+                "method.beta > 0 keeps a second copy of the weights, which run.shard cannot; leave one of them out"
+            )
 
     def renew(self, run: Run, step: int) -> None:
         """Set π_ref ← π_θ at the first step of every outer iteration."""

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zreward.synthetic import DIMENSIONS, Candidate, PromptSpec, SceneConfig, aggregate, annotate, make_scene
-from zreward.synthetic.language import COLOURS, RELATIONS, SHAPES, Group, sentence
+from zreward.synthetic.language import COLOURS, SHAPES, sentence
 from zreward.synthetic.render import CRACK, FIRST_OBJECT, SCRAP, SHADOW
+from zreward.synthetic.requests import other_prompt
 from zreward.synthetic.truth import SceneObject, alignment_errors, alignment_score
 
 NO_OBJECT = 255
@@ -33,8 +34,6 @@ MAX_ERRORS = 3
 MAX_DRAWN = 3
 
 _DOMINANT_SHARE = 0.12
-_TRUE_RELATION_SHARE = 0.6
-_EDIT_WEIGHTS = (0.35, 0.4, 0.25)
 
 
 @dataclass(frozen=True)
@@ -107,22 +106,6 @@ def build_arrays(
     return SceneArrays(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def other_prompt(rng: np.random.Generator, objects: Sequence[SceneObject], max_objects: int) -> PromptSpec:
-    """A request that describes drawn objects, then departs from them by up to two edits."""
-    kinds = sorted({(item.colour, item.shape) for item in objects})
-    chosen = [kinds[index] for index in rng.permutation(len(kinds))[:2]]
-    counts = [sum((item.colour, item.shape) == kind for item in objects) for kind in chosen]
-    groups = [Group(count, *kind) for count, kind in zip(counts, chosen, strict=True)]
-    for _ in range(int(rng.choice(len(_EDIT_WEIGHTS), p=_EDIT_WEIGHTS))):
-        groups = _edited(rng, groups, max_objects)
-    spec = PromptSpec(tuple(groups))
-    if len(groups) == 2 and rng.random() < 0.7:
-        holding = [r for r in RELATIONS if not alignment_errors(PromptSpec(spec.groups, r), objects).relation]
-        options = holding if holding and rng.random() < _TRUE_RELATION_SHARE else list(RELATIONS)
-        return PromptSpec(spec.groups, str(rng.choice(options)))
-    return spec
-
-
 def length_batches(
     rng: np.random.Generator, lengths: NDArray[np.int64], batch: int
 ) -> Iterator[NDArray[np.int64]]:
@@ -133,24 +116,6 @@ def length_batches(
         batches += [rows[start : start + batch] for start in range(0, len(rows), batch)]
     for index in rng.permutation(len(batches)):
         yield batches[index]
-
-
-def _edited(rng: np.random.Generator, groups: list[Group], max_objects: int) -> list[Group]:
-    at = int(rng.integers(len(groups)))
-    group = groups[at]
-    kind = rng.integers(3)
-    if kind == 0:
-        changed = dataclasses.replace(group, colour=str(rng.choice(list(COLOURS))))
-    elif kind == 1:
-        changed = dataclasses.replace(group, shape=str(rng.choice(SHAPES)))
-    else:
-        room = max_objects - sum(other.count for other in groups) + group.count
-        changed = dataclasses.replace(group, count=int(rng.integers(1, room + 1)))
-    result = [*groups[:at], changed, *groups[at + 1 :]]
-    same_kind = (
-        len(result) == 2 and result[0].colour == result[1].colour and result[0].shape == result[1].shape
-    )
-    return groups if same_kind else result
 
 
 _Job = tuple[SceneConfig, int, range, int, int, int]

@@ -40,7 +40,7 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
     """
     options = config.method_options(Options)
     run = Run.start(config, "sft", progress=progress)
-    items = list(range(len(run.data)))
+    items = range(len(run.data))
 
     def answers(rows: Sequence[Row]) -> list[float]:
         return scores_of(run.outputs(rows).log_probs_nk, run.core.contract.bins)

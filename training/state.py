@@ -47,8 +47,7 @@ def save_state(
 ) -> None:
     """Write the state after `step` steps into `directory`, and remove all but the latest `keep`.
 
-    `extra` holds what a method carries from step to step, in one process; with several, each has its own and none of
-    it is written.
+    `extra` holds what a method carries from step to step, the same in every process.
 
     All processes of a distributed run must call it; the first one writes.
     """

@@ -58,9 +58,11 @@ class UntilAnswer(StoppingCriteria):
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        outputs = input_ids[:, self._prompt_length :].tolist()
-        done = [self._reader.answer_position(output) is not None for output in outputs]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
+        outputs = input_ids[:, self._prompt_length :]
+        done = (outputs == self._reader.end_id).any(1)  # few have ended their trace, and only those are read
+        for row in done.nonzero()[:, 0].tolist():
+            done[row] = self._reader.answer_position(outputs[row].tolist()) is not None
+        return done
 
 
 @dataclass(frozen=True)

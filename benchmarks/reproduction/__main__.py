@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.reproduction.base import make_base
-from benchmarks.reproduction.experiments import run_experiments
+from benchmarks.reproduction.base import make_base, tower_weights
+from benchmarks.reproduction.experiments import first_lines, jobs
 from benchmarks.reproduction.report import write_report
-from benchmarks.reproduction.settings import settings_for
+from benchmarks.reproduction.schedule import Job, run_jobs
+from benchmarks.reproduction.settings import Settings, settings_for
 from zreward.synthetic.benchmark import write_benchmark
+from zreward.synthetic.dataset import SCENES_FILE
 
 
 def main() -> int:
@@ -29,8 +32,11 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/reproduction"))
     parser.add_argument("--only", choices=["data", "base", "methods", "report"], help="one part of it")
     parser.add_argument("--seeds", type=int, help="how many, fewer than the setting's")
+    parser.add_argument("--rows", help='some of the experiments, such as "teacher-gdso,student-risd"')
+    parser.add_argument("--workers", type=int, help="experiments at a time, if not as many as cores")
     options = parser.parse_args()
     settings = settings_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = replace(settings, workers=options.workers or settings.workers)
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     data = work / "data"
@@ -38,13 +44,20 @@ def main() -> int:
     if "data" in parts and not (data / "benchmark.json").is_file():
         write_benchmark(data, scale=settings.scale)
     if "base" in parts:
-        for size in settings.sizes:
-            make_base(size, settings, data, work)
+        tower_weights(settings, work)
+        bases = [Job(f"base {size.name}", make_base, (size, settings, data, work)) for size in settings.sizes]
+        run_jobs(bases, settings.workers)
     if "methods" in parts:
-        run_experiments(settings, data, work, settings.seeds[: options.seeds])
+        run_jobs(chosen_jobs(settings, data, work, options), settings.workers)
     if "report" in parts:
-        write_report(work)
+        write_report(work, first_lines(data / "test" / SCENES_FILE, settings.test_images))
     return 0
+
+
+def chosen_jobs(settings: Settings, data: Path, work: Path, options: argparse.Namespace) -> list[Job]:
+    """The experiments of the chosen seeds, or of these the chosen rows."""
+    found = jobs(settings, data, work, settings.seeds[: options.seeds])
+    return [job for job in found if options.rows is None or job.name.split()[-1] in options.rows.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Base models of the reproduction: small Qwen3.5 models that can describe a scene and were never told a score.
+"""Base models of the reproduction: small Qwen3.5 models that can describe a scene and answer with some score.
 
-They stand for the pretrained models that the paper starts from. Two stages:
+They stand for the pretrained models that the paper starts from. Three stages:
 
 1. the vision tower learns what covers each image token and how bad each defect is (`reference_learner`), once for all
    sizes;
 2. the whole model learns to describe scenes in the four dimensions, by `zreward train rewarddance` on the chains of the
-   split `pretrain`, which has no labels.
+   split `pretrain`, which has no labels;
+3. a cold start: it learns to end a description with a score, on a few scenes that careless annotators judged (the split
+   `opinions`). This is the form of an answer and hardly a judgement.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.reproduction.settings import Settings, Size
@@ -36,39 +39,66 @@ TOWER_SEED = 16_000
 """Scenes of the first stage, which no split of the benchmark has."""
 
 
-def make_base(size: Size, settings: Settings, data: Path, work: Path) -> Path:
-    """The checkpoint of a size, made in `work` unless it is there.
+def make_base(size: Size, settings: Settings, data: Path, work: Path) -> None:
+    """Make the checkpoint of a size in `work`, unless it is there.
 
     Args:
         data: the benchmark's folder.
     """
     final = work / f"base-{size.name}"
     if final.is_dir():
-        return final
+        return
     blank = work / f"blank-{size.name}"
     if not blank.is_dir():
         write_blank(size, settings, work, blank)
-    run = work / f"describe-{size.name}"
-    rewarddance.train(
-        TrainConfig(
-            DataConfig(str(data / "pretrain" / "scenes.jsonl")),
-            ModelConfig(str(blank), train_vision=True, precision=settings.precision),
-            RunConfig(
-                str(run),
-                steps=settings.describe_steps,
-                batch_size=settings.describe_batch,
-                micro_batch=settings.micro_batch,
-                save_every=200,
-                log_every=20,
-                threads=settings.threads,
-            ),
-            OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=100),
-            {"chains": str(data / "pretrain" / "chains.jsonl"), "score_weight": 0.0, "max_new_tokens": 48},
-        ),
-        shown("describe"),
+    described = taught(
+        f"describe-{size.name}",
+        blank,
+        data / "pretrain",
+        settings,
+        work,
+        settings.describe_steps,
+        score_weight=0.0,
     )
-    shutil.copytree(run / "model", final)
-    return final
+    answering = taught(
+        f"answer-{size.name}",
+        described,
+        data / "opinions",
+        settings,
+        work,
+        settings.answer_steps,
+        score_weight=1.0,
+    )
+    shutil.copytree(answering, final)
+
+
+def taught(
+    name: str, start: Path, split: Path, settings: Settings, work: Path, steps: int, score_weight: float
+) -> Path:
+    """A checkpoint that learned the chains of a split, and its scores where `score_weight` is positive."""
+    run = work / name
+    if not (run / "model").is_dir():
+        rewarddance.train(
+            TrainConfig(
+                DataConfig(str(split / "scenes.jsonl")),
+                ModelConfig(str(start), train_vision=True, precision=settings.precision),
+                RunConfig(
+                    str(run),
+                    steps=steps,
+                    batch_size=settings.describe_batch,
+                    micro_batch=settings.micro_batch,
+                    save_every=200,
+                    log_every=20,
+                    threads=settings.threads,
+                ),
+                OptimizerConfig(
+                    learning_rate=1e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=steps // 20
+                ),
+                {"chains": str(split / "chains.jsonl"), "score_weight": score_weight, "max_new_tokens": 48},
+            ),
+            shown(name),
+        )
+    return run / "model"
 
 
 def write_blank(size: Size, settings: Settings, work: Path, directory: Path) -> None:
@@ -89,10 +119,10 @@ def write_blank(size: Size, settings: Settings, work: Path, directory: Path) -> 
 
 def tower_weights(settings: Settings, work: Path) -> dict[str, Tensor]:
     """The vision tower after the first stage, from `work` if it is there."""
-    recipe = recipe_of(settings.sizes[0], settings)
-    student = new_student(recipe)
     path = work / "tower.safetensors"
     if not path.is_file():
+        recipe = recipe_of(settings.sizes[0], settings)
+        student = new_student(recipe)
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         data = split(recipe, TOWER_SEED, settings.tower_prompts, 5, 0, work)
         rng = np.random.default_rng(settings.base_seed)
@@ -103,9 +133,10 @@ def tower_weights(settings: Settings, work: Path) -> dict[str, Tensor]:
             return student.heads.vision_loss(student.features(data.images[rows]), data, rows)
 
         run_stage("vision", recipe.vision, student, step, None, log, 1e9)
-        student.save_parts(path)
-    student.load_parts(path)
-    return {name: value.detach().clone() for name, value in student.model.model.visual.state_dict().items()}
+        partial = path.with_suffix(".partial")
+        save_file(student.model.model.visual.state_dict(), partial)
+        partial.replace(path)
+    return load_file(path)
 
 
 def recipe_of(size: Size, settings: Settings) -> Recipe:
@@ -124,8 +155,8 @@ def description_texts(recipe: Recipe) -> Iterator[str]:
     """Descriptions of scenes that no split has, for the tokenizer."""
     small = dataclasses.replace(recipe.scenes, size=48)
     for index in range(300):
-        candidate = make_scene(small, 17_000, index, candidates=1).candidates[0]
-        yield from describe(candidate).values()
+        scene = make_scene(small, 17_000, index, candidates=1)
+        yield from describe(scene.candidates[0], scene.spec).values()
 
 
 def shown(name: str) -> rewarddance.Progress:

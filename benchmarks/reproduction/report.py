@@ -1,4 +1,4 @@
-"""The tables of a reproduction, from the `result.json` of its experiments: means over seeds, with their range."""
+"""The tables of a reproduction: means over seeds with their range, and whether the orderings came out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reproduction.orderings import Difference, differences
 from zreward.jsonfile import write_text
 
 ROWS = ("zero-shot", "sft", "rewarddance", "grpo", "gdso", "opd", "risd", "grpo-parsed", "gdso-parsed")
@@ -16,10 +17,15 @@ HEAD = ("method", "PLCC", "SRCC", "HPA", "margin HPA", "HPA, 4 traces", "failed"
 Results = dict[str, dict[str, list[dict[str, Any]]]]
 
 
-def write_report(work: Path) -> Path:
-    """Write `results.md` into the folder of the reproduction."""
+def write_report(work: Path, test: Path) -> Path:
+    """Write `results.md` into the folder of the reproduction.
+
+    Args:
+        test: the labelled lines that the rows were judged on.
+    """
     found = results(work)
-    text = "\n\n".join(table(size, rows) for size, rows in found.items())
+    tables = [table(size, rows) for size, rows in found.items()]
+    text = "\n\n".join([*tables, orderings(differences(work, test))])
     path = work / "results.md"
     write_text(path, text + "\n")
     print(text)
@@ -42,14 +48,42 @@ def table(size: str, rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def line(name: str, seeds: list[dict[str, Any]]) -> str:
-    figures = [spread([result["one_trace"][-1][key] for result in seeds]) for key in _FIGURES]
-    several = [result["several_traces"][-1]["hpa"] for result in seeds if "several_traces" in result]
-    failed = statistics.mean(result["one_trace_failed"] for result in seeds)
+    figures = [spread([_overall(result, 1)[key] for result in seeds]) for key in _FIGURES]
+    several = [_overall(result, 4)["hpa"] for result in seeds if "traces_4" in result]
+    failed = statistics.mean(result["traces_1"]["failed"] for result in seeds)
     cells = [name, *figures, spread(several) if several else "–", f"{failed:.1%}", str(len(seeds))]
     return f"| {' | '.join(cells)} |"
 
 
+def _overall(result: dict[str, Any], traces: int) -> dict[str, float | None]:
+    """The row over all dimensions."""
+    overall: dict[str, float | None] = result[f"traces_{traces}"]["agreement"][-1]
+    return overall
+
+
 _FIGURES = ("plcc", "srcc", "hpa", "margin_hpa")
+
+
+def orderings(rows: list[Difference]) -> str:
+    lines = [
+        "| better? | than | HPA | HPA | difference in points (95 %) | by seed | holds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gap, interval = 100 * (row.better - row.worse), row.interval
+        by_seed = " ".join(f"{100 * value:+.2f}" for value in row.by_seed)
+        verdict = {True: "yes", False: "reversed", None: "open"}[row.holds]
+        cells = [
+            row.claim.better,
+            row.claim.worse,
+            f"{row.better:.4f}",
+            f"{row.worse:.4f}",
+            f"{gap:+.2f} ({100 * interval.low:+.2f} to {100 * interval.high:+.2f})",
+            by_seed,
+            verdict,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def spread(values: list[float | None]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +30,17 @@ class Settings:
     Attributes:
         sizes: the first one's width decides the tower's output.
         scale: of the benchmark's splits.
-        tower_steps, tower_prompts: of the first stage of the base models.
-        describe_steps, describe_batch: of their second stage; a batch is counted in images.
-        sft_steps, policy_steps, distil_steps: of SFT and RewardDance, of GRPO and GDSO, of RISD (OPD a quarter).
-        micro_batch: sequences in one pass.
         seeds: of the methods; base models and data are the same for all.
+        tower_steps, tower_prompts: of the first stage of the base models.
+        describe_steps, answer_steps: of their second and third stage.
+        describe_batch: images in a batch of these.
+        sft_steps: of SFT and RewardDance.
+        policy_steps: of GRPO and GDSO.
+        opd_steps, risd_steps: of the students that a teacher teaches.
+        unlabelled_images, validation_images, test_images: how many of these splits are used, the first ones.
+        micro_batch: sequences in one pass.
+        workers: experiments at a time.
+        threads: of each.
     """
 
     sizes: tuple[Size, ...] = (STUDENT, TEACHER)
@@ -43,17 +50,35 @@ class Settings:
     tower_steps: int = 5_000
     tower_prompts: int = 6_000
     describe_steps: int = 6_000
-    describe_batch: int = 8
+    answer_steps: int = 100
+    describe_batch: int = 64
     sft_steps: int = 400
-    policy_steps: int = 300
-    distil_steps: int = 1_600
+    policy_steps: int = 400
+    opd_steps: int = 400
+    risd_steps: int = 1_600
+    unlabelled_images: int = 6_000
+    validation_images: int = 360
+    test_images: int = 1_800
     micro_batch: int = 64
-    precision: str = "fp32"
-    threads: int | None = 2
+    precision: str = "bf16"
+    workers: int = 1
+    threads: int | None = None
 
 
 def settings_for(device: torch.device) -> Settings:
     """The full setting on a GPU, a reduced one on a CPU."""
     if device.type == "cuda":
-        return Settings(precision="bf16", threads=None, describe_batch=32)
-    return Settings()
+        return Settings()
+    return Settings(
+        describe_steps=2_000,
+        describe_batch=16,
+        sft_steps=200,
+        policy_steps=200,
+        opd_steps=200,
+        risd_steps=1_000,
+        validation_images=90,
+        test_images=900,
+        precision="fp32",
+        workers=max(1, (os.cpu_count() or 1)),
+        threads=1,
+    )

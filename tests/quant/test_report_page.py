@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from tests.support.pages import read
 from zreward.charts import number
 from zreward.contract import DriftLimits
 from zreward.quant.drift import DriftReport, LayerFacts, SizeFacts
@@ -23,7 +23,6 @@ BINS = np.arange(1.0, 5.5, 0.5)
 LOOSE, TIGHT = DriftLimits(10, 10, 1, 1000), DriftLimits(1e-9, 1e-9, 1e-9, 1e-9)
 NASTY = "<script>alert('x')</script>&\"δ"
 POINTS = [("int4", 4.125, 0.01), (NASTY, 4.5, 0.002), ("int8", 8.0, 0.0)]
-VOID = {"meta", "rect", "line", "path", "circle", "wbr"}
 
 
 def report(**changes: object) -> DriftReport:
@@ -42,39 +41,6 @@ def report(**changes: object) -> DriftReport:
     }
     groups = arguments.pop("groups", np.arange(30) // 5)
     return drift_report(before, after, groups, **arguments)  # type: ignore[arg-type]
-
-
-class Reader(HTMLParser):
-    """Checks that elements nest, and collects their attributes and the text outside of <style>."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-
-
-def read(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    assert reader.open == []
-    return reader
 
 
 def rectangles(svg: str, kind: str) -> Iterator[dict[str, float]]:

@@ -13,7 +13,7 @@ from zreward.errors import UsageError
 from zreward.synthetic import SceneConfig
 from zreward.synthetic.benchmark import SPLITS, write_benchmark
 from zreward.training.chains import load_chains
-from zreward.training.data import load_training_set
+from zreward.training.data import Question, load_training_set
 
 CONTRACT = ScoreContract.default()
 
@@ -32,7 +32,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_labels_are_where_they_belong(benchmark: Path) -> None:
     for name, split in SPLITS.items():
         data = load_training_set(benchmark / name, CONTRACT, "required" if split.labelled else "optional")
-        assert len(data) == max(2, round(0.02 * split.prompts)) * split.candidates
+        n_images = max(2, round(0.02 * split.prompts)) * split.candidates
+        assert len(data) == n_images * (1 + split.other_prompts)
+        assert len({item.image for item in data.items}) == n_images
         assert bool(data.questions(labelled=True)) == split.labelled
         if split.labelled:
             assert {histogram.n for item in data.items for histogram in item.annotations.values()} == {
@@ -46,10 +48,19 @@ def test_no_prompt_scene_is_in_two_splits(benchmark: Path) -> None:
 
 
 def test_chains_belong_to_their_questions(benchmark: Path) -> None:
-    for name in ("pretrain", "train"):
+    for name in ("pretrain", "opinions", "train"):
         data = load_training_set(benchmark / name, CONTRACT, "optional")
         chains = load_chains(benchmark / name / "chains.jsonl", data)
-        assert [chain.question for chain in chains] == data.questions(labelled=False)
+        lines = 1 + SPLITS[name].other_prompts
+        own = [question for question in data.questions(labelled=False) if question.item % lines == 0]
+        others = [Question(item, 0) for item in range(len(data)) if item % lines]
+        assert [chain.question for chain in chains] == sorted([*own, *others])
+
+
+def test_an_image_stands_under_other_prompts_too(benchmark: Path) -> None:
+    data = load_training_set(benchmark / "pretrain", CONTRACT, "optional")
+    prompts = [{item.prompt for item in data.items[start : start + 4]} for start in range(0, len(data), 4)]
+    assert sum(len(texts) > 2 for texts in prompts) > 0.9 * len(prompts)
 
 
 def test_what_made_it_is_recorded(benchmark: Path) -> None:

@@ -32,19 +32,28 @@ def score_of(text: str, dimension: str, spec: PromptSpec) -> float:
 def test_a_description_tells_the_true_score(index: int) -> None:
     scene = make_scene(CONFIG, 3, index, candidates=1)
     candidate = scene.candidates[0]
-    texts = describe(candidate)
+    texts = describe(candidate, scene.spec)
     assert tuple(texts) == DIMENSIONS
     for name, text in texts.items():
         assert score_of(text, name, scene.spec) == candidate.true_scores[name]
         assert {word for word in text.split() if not word.isdigit()} <= set(WORDS)
 
 
-def test_what_is_drawn_comes_first() -> None:
-    candidate = make_scene(CONFIG, 3, 0, candidates=1).candidates[0]
-    drawn = describe(candidate)["alignment"].split(" and ")
-    assert len(drawn) == max(1, len(candidate.objects))
-    for item, text in zip(candidate.objects, drawn, strict=False):
-        assert text.startswith(f"{item.colour} {item.shape}")
+def test_alignment_names_what_is_drawn_and_what_became_of_what_was_asked_for() -> None:
+    for index in range(30):
+        scene = make_scene(CONFIG, 3, index, candidates=1)
+        candidate = scene.candidates[0]
+        drawn, asked = describe(candidate, scene.spec)["alignment"].split(" asked ")
+        assert drawn == (
+            " and ".join(f"{item.colour} {item.shape}" for item in candidate.objects) or "nothing"
+        )
+        verdicts = re.findall(r"([a-z]+) ([a-z]+) (match|colour|shape|missing)(?: and|(?= \d))", asked)
+        wanted = [(group.colour, group.shape) for group in scene.spec.groups for _ in range(group.count)]
+        assert [(colour, shape) for colour, shape, _ in verdicts] == wanted
+        fates = [fate for _, _, fate in verdicts]
+        errors = candidate.alignment_errors
+        assert fates.count("missing") == errors.missing
+        assert fates.count("colour") + fates.count("shape") == errors.attributes
 
 
 @pytest.mark.parametrize("dimension", DIMENSIONS)

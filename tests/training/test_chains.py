@@ -50,8 +50,8 @@ def test_one_for_every_label(data: TrainingSet, scenes: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id": 99}, "id is 99, which no line of"),
-        ({"id": [0]}, r"id is \[0\], which no line of"),
+        ({"id": 99}, "id is 99, an id that no line of"),
+        ({"id": [0]}, r"id is \[0\], an id that no line of"),
         ({"dimension": "beauty"}, "no dimension 'beauty'; it has alignment, realism"),
         ({"chain": " "}, "must be a text that is not empty"),
         ({"chain": 3}, "must be a text that is not empty"),

@@ -21,7 +21,6 @@ from zreward.training.data import (
     load_pairs,
     load_training_set,
     shares_on_bins,
-    split_by_prompt,
 )
 
 CONTRACT = ScoreContract.default()
@@ -99,18 +98,6 @@ def test_pairs_are_all_of_a_prompt_with_ties(tmp_path: Path) -> None:
 def test_missing_dimensions_make_no_pairs(write: Write) -> None:
     data = load_training_set(write([item(), item(scores={NAMES[1]: 2.0}), item(prompt="a dog")]), CONTRACT)
     assert data.pairs() == []
-
-
-def test_splits_keep_prompts_together(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "scenes", SceneConfig(size=48), seed=0, n_prompts=10, candidates=2)
-    data = load_training_set(tmp_path / "scenes", CONTRACT)
-    train, held_out = split_by_prompt(data, 0.3, seed=1)
-    prompts = [{entry.prompt for entry in side.items} for side in (train, held_out)]
-    assert not prompts[0] & prompts[1]
-    assert len(train) + len(held_out) == len(data)
-    assert len(prompts[1]) == round(0.3 * len(prompts[0] | prompts[1]))
-    with pytest.raises(UsageError, match="empty"):
-        split_by_prompt(data, 0.0)
 
 
 @pytest.mark.parametrize(

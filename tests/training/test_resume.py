@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.training import config_text
 from zreward.errors import CheckpointError, UsageError
-from zreward.training import sft
+from zreward.training import gdso, sft
 from zreward.training.config import load_config
 from zreward.training.state import latest_state
 
@@ -123,3 +123,35 @@ def test_a_foreign_folder_is_left_alone(reference_student: Path, scenes: Path, t
     with pytest.raises(UsageError, match="not empty and holds no run"):
         sft.train(load_config(config))
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.png"]
+
+
+def test_a_checkpoint_is_not_taken_for_a_run(reference_student: Path, scenes: Path, tmp_path: Path) -> None:
+    """Its config.json must survive somebody who trains "in place"."""
+    copy = tmp_path / "student"
+    shutil.copytree(reference_student, copy)
+    before = {path.name: digest(path) for path in copy.iterdir()}
+    config = write_config(tmp_path, copy, scenes, "student")
+    with pytest.raises(UsageError, match="not empty and holds no run"):
+        sft.train(load_config(config))
+    assert {path.name: digest(path) for path in copy.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_reference_and_its_samples_are_the_same_after_a_stop(
+    reasoner: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """GDSO that goes on between two renewals of π_ref: it is read from the state, and sampling has no memory."""
+    method = "beta = 0.1\nreference_every = 4\n[method.sampling]\ngroup_size = 2\nmax_new_tokens = 12"
+    config = tmp_path / "gdso.toml"
+    text = config_text(reasoner, scenes, tmp_path / "run", steps=3, batch_size=1, method=method)
+    config.write_text(text.replace("save_every = 0", "save_every = 1"), encoding="utf-8")
+    gdso.train(load_config(config))
+    model = tmp_path / "run" / "model"
+    whole = digest(model / "model.safetensors")
+    shutil.rmtree(model)
+    latest = latest_state(tmp_path / "run")
+    assert latest is not None and latest.name == "step-00000002"
+    assert (latest / "extra.safetensors").is_file()
+    shutil.rmtree(latest)
+    gdso.train(load_config(config))
+    assert digest(model / "model.safetensors") == whole

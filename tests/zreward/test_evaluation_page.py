@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.evaluation import DIMENSIONS, drawn_labels, drawn_predictions
+from tests.support.pages import read
 from zreward.calibration import Group
 from zreward.evaluation import Labels, Predictions
 from zreward.evaluation_charts import Bar, bar_chart, density_chart, reliability_chart, score_range
@@ -21,43 +21,9 @@ from zreward.evaluation_report import EvaluationReport, Reasoning, Source, evalu
 from zreward.metrics import Interval
 
 NASTY = "<script>alert('x')</script>&\"δ"
-VOID = {"meta", "rect", "line", "path", "circle", "wbr"}
 SCALE = (1.0, 5.0)
 LABELS = drawn_labels(np.random.default_rng(0))
 PREDICTIONS = drawn_predictions(np.random.default_rng(1), LABELS)
-
-
-class Reader(HTMLParser):
-    """Checks that elements nest, and collects their attributes and the text outside of <style>."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-
-
-def read(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    assert reader.open == []
-    return reader
 
 
 def report(

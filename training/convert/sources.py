@@ -116,7 +116,7 @@ def _csv_rows(path: Path, _columns: Sequence[str]) -> Iterator[Row]:
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
-        import pyarrow  # type: ignore[import-untyped]  # it has no annotations
+        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UsageError(f"{path}: parquet files need pyarrow: pip install 'zreward[train]'") from None

@@ -88,7 +88,7 @@ def features_of_example(data: bytes, where: str) -> dict[str, list[Any]]:
         UsageError: `data` is no such message, or protobuf is not installed.
     """
     try:
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no annotations
+        from google.protobuf.message import DecodeError
     except ImportError:
         raise UsageError(f"{where}: TFRecord files need protobuf: pip install 'zreward[train]'") from None
     try:
@@ -104,7 +104,7 @@ def features_of_example(data: bytes, where: str) -> dict[str, list[Any]]:
 
 @functools.cache
 def _example_class() -> Any:
-    from google.protobuf import (  # type: ignore[import-untyped]
+    from google.protobuf import (
         descriptor_pb2,
         descriptor_pool,
         message_factory,

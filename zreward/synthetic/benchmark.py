@@ -1,14 +1,15 @@
 """The synthetic rubric benchmark: splits that make distillation, reasoning and labels worth something.
 
     pretrain     pictures with descriptions and no scores: what a base model has seen
+    opinions     pictures with descriptions and the scores of careless annotators: how a base model answers
     train        few pictures, labelled by three noisy annotators
     unlabelled   many pictures without labels, for a teacher to answer
     validation   held-out, labelled by nine careful annotators who judge no other split but test
     test         the same
 
 Every split is a folder as `zreward data scenes` writes it, with `chains.jsonl` beside it where there are descriptions
-(`pretrain`) or made-up reasons for the labels (`train`). `benchmark.json` has the seeds, the difficulty and the version
-of the generator.
+(`pretrain`, `opinions`) or made-up reasons for the labels (`train`). `benchmark.json` has the seeds, the difficulty and
+the version of the generator.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from zreward.errors import UsageError
 from zreward.jsonfile import write_json
 from zreward.progress import Progress
 from zreward.synthetic.config import DIMENSIONS, GENERATOR_VERSION, SceneConfig
-from zreward.synthetic.dataset import SCENES_FILE, write_dataset
+from zreward.synthetic.dataset import SCENES_FILE, lines_of, write_dataset
 from zreward.synthetic.descriptions import describe, rationalize
 from zreward.synthetic.scenes import generate
 
 CHAINS_FILE, BENCHMARK_FILE = "chains.jsonl", "benchmark.json"
 
+_CARELESS = {"annotators": 3, "annotator_bias": 1.0, "annotator_noise": 2.0, "panel_seed": 50}
 _CROWD = {"annotators": 3, "annotator_bias": 0.4, "annotator_noise": 0.7, "panel_seed": 100}
 _EXPERTS = {"annotators": 9, "annotator_bias": 0.2, "annotator_noise": 0.35, "panel_seed": 200}
 
@@ -46,6 +48,7 @@ class Split:
         labelled: whether its lines have scores and annotations.
         chains: "descriptions", "reasons" for the labels, or None.
         panel: fields of `SceneConfig` that say who labels it.
+        other_prompts: how often each image stands there again under a prompt that it was not made for.
     """
 
     seed: int
@@ -54,10 +57,12 @@ class Split:
     labelled: bool
     chains: str | None = None
     panel: dict[str, Any] = field(default_factory=dict)
+    other_prompts: int = 0
 
 
 SPLITS = {
-    "pretrain": Split(11_000, 6_000, 4, False, "descriptions"),
+    "pretrain": Split(11_000, 4_000, 4, False, "descriptions", other_prompts=3),
+    "opinions": Split(18_000, 200, 4, True, "descriptions", _CARELESS),
     "train": Split(12_000, 150, 4, True, "reasons", _CROWD),
     "unlabelled": Split(13_000, 2_000, 3, False),
     "validation": Split(14_000, 60, 6, True, None, _EXPERTS),
@@ -105,7 +110,13 @@ def write_benchmark(
         of_split = SceneConfig(**{**config.to_dict(), **split.panel})
         folder = directory / name
         write_dataset(
-            folder, of_split, scaled.seed, scaled.prompts, scaled.candidates, labelled=scaled.labelled
+            folder,
+            of_split,
+            scaled.seed,
+            scaled.prompts,
+            scaled.candidates,
+            labelled=scaled.labelled,
+            other_prompts=scaled.other_prompts,
         )
         if scaled.chains:
             lines = "".join(json.dumps(line) + "\n" for line in _chains(scaled, of_split))
@@ -117,15 +128,13 @@ def write_benchmark(
 
 
 def _chains(split: Split, config: SceneConfig) -> Iterator[dict[str, Any]]:
-    """Lines of `chains.jsonl`: one for every image and dimension."""
-    number = 0
-    for scene in generate(config, split.seed, split.prompts, split.candidates):
-        for candidate in scene.candidates:
-            rng = np.random.default_rng([split.seed, number])
-            texts = describe(candidate)
-            for name in DIMENSIONS:
-                text = texts[name]
-                if split.chains == "reasons":
-                    text = rationalize(rng, name, candidate.human_scores[name], scene.spec)
-                yield {"id": number, "dimension": name, "chain": text}
-            number += 1
+    """Lines of `chains.jsonl`: for every line and dimension; under another prompt alignment alone has changed."""
+    scenes = generate(config, split.seed, split.prompts, split.candidates)
+    for number, line in enumerate(lines_of(scenes, config, split.seed, split.other_prompts)):
+        rng = np.random.default_rng([split.seed, number])
+        texts = describe(line.candidate, line.spec)
+        for name in DIMENSIONS if line.own else ("alignment",):
+            text = texts[name]
+            if split.chains == "reasons":
+                text = rationalize(rng, name, line.candidate.human_scores[name], line.spec)
+            yield {"id": number, "dimension": name, "chain": text}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from zreward.synthetic.config import DIMENSIONS
-from zreward.synthetic.language import COLOURS, SHAPES, PromptSpec
+from zreward.synthetic.language import COLOURS, SHAPES, Group, PromptSpec
 from zreward.synthetic.scenes import Candidate
 from zreward.synthetic.truth import (
     BEST,
@@ -23,10 +23,14 @@ from zreward.synthetic.truth import (
     WORST,
     AlignmentErrors,
     alignment_cost,
+    matched_objects,
+    wrong_attributes,
 )
 
 LEVELS = ("no", "slight", "clear", "strong")
 """Words of the severities 0 to 3."""
+MATCH, MISSING = "match", "missing"
+"""Of an object that was asked for, beside "colour" and "shape" for one wrong attribute."""
 _ERRORS = ("attributes", "missing", "extra", "relation")
 _MAX_COUNT = 3
 
@@ -36,20 +40,30 @@ WORDS = (
     *SHAPES,
     *(name for names in DEFECTS_OF.values() for name in names),
     *_ERRORS,
-    "nothing",
-    "and",
+    *(MATCH, "colour", "shape", "asked", "nothing", "and"),
 )
 """Every word that a description may have; counts are digits."""
 
 
-def describe(candidate: Candidate) -> dict[str, str]:
-    """A description per dimension: severities of the defects, or what is drawn and how it departs from the prompt."""
+def describe(candidate: Candidate, spec: PromptSpec) -> dict[str, str]:
+    """A description per dimension.
+
+    The severities of the defects; for alignment what is drawn from left to right, then each object that was asked for
+    and what became of it, then how many errors of each kind that makes.
+
+    Args:
+        candidate: with the alignment errors of `spec`.
+    """
     found = {
         dimension: _defects([getattr(candidate.defects, name) for name in names], names)
         for dimension, names in DEFECTS_OF.items()
     }
-    drawn = [f"{item.colour} {item.shape}" for item in candidate.objects]
-    found["alignment"] = f"{' and '.join(drawn) or 'nothing'} {_alignment(candidate.alignment_errors)}"
+    verdicts = [
+        (group, _verdict(wrong_attributes(group, drawn)))
+        for group, drawn in matched_objects(spec, candidate.objects)
+    ]
+    drawn = [(item.colour, item.shape) for item in candidate.objects]
+    found["alignment"] = _alignment(drawn, verdicts, candidate.alignment_errors)
     return {name: found[name] for name in DIMENSIONS}
 
 
@@ -70,8 +84,22 @@ def rationalize(rng: np.random.Generator, dimension: str, score: float, spec: Pr
         if counts[0] + counts[1] <= spec.n_objects
     ]
     chosen = errors[_nearest(rng, [alignment_cost(spec, error) for error in errors], score)]
-    asked = [f"{group.colour} {group.shape}" for group in spec.groups for _ in range(group.count)]
-    return f"{' and '.join(asked)} {_alignment(chosen)}"
+    asked = [group for group in spec.groups for _ in range(group.count)]
+    wrong = [MISSING] * chosen.missing + rng.choice(["colour", "shape"], chosen.attributes).tolist()
+    fates = rng.permutation([*wrong, *[MATCH] * (len(asked) - len(wrong))]).tolist()
+    verdicts = list(zip(asked, fates, strict=True))
+    drawn = [_as_drawn(rng, group, fate) for group, fate in verdicts if fate != MISSING]
+    drawn += [(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))) for _ in range(chosen.extra)]
+    return _alignment([drawn[index] for index in rng.permutation(len(drawn))], verdicts, chosen)
+
+
+def _as_drawn(rng: np.random.Generator, group: Group, fate: str) -> tuple[str, str]:
+    """The colour and shape of an object with this verdict."""
+    if fate == "colour":
+        return str(rng.choice([name for name in COLOURS if name != group.colour])), group.shape
+    if fate == "shape":
+        return group.colour, str(rng.choice([name for name in SHAPES if name != group.shape]))
+    return group.colour, group.shape
 
 
 def _nearest(rng: np.random.Generator, costs: Sequence[float], score: float) -> int:
@@ -84,6 +112,15 @@ def _defects(levels: Sequence[int], names: Sequence[str]) -> str:
     return " ".join(f"{LEVELS[level]} {name}" for level, name in zip(levels, names, strict=True))
 
 
-def _alignment(errors: AlignmentErrors) -> str:
+def _verdict(wrong: Sequence[str]) -> str:
+    return MATCH if not wrong else wrong[0] if len(wrong) == 1 else MISSING
+
+
+def _alignment(
+    drawn: Sequence[tuple[str, str]], verdicts: Sequence[tuple[Group, str]], errors: AlignmentErrors
+) -> str:
+    seen = " and ".join(" ".join(kind) for kind in drawn) or "nothing"
+    asked = " and ".join(f"{group.colour} {group.shape} {fate}" for group, fate in verdicts)
     counts = (errors.attributes, errors.missing, errors.extra, errors.relation)
-    return " ".join(f"{min(count, _MAX_COUNT)} {name}" for count, name in zip(counts, _ERRORS, strict=True))
+    told = " ".join(f"{min(count, _MAX_COUNT)} {name}" for count, name in zip(counts, _ERRORS, strict=True))
+    return f"{seen} asked {asked} {told}"

@@ -117,17 +117,30 @@ class AlignmentErrors:
 
 
 def alignment_errors(spec: PromptSpec, objects: Sequence[SceneObject]) -> AlignmentErrors:
-    """Match requested with drawn objects at the least cost and count what is wrong."""
+    """What is wrong under the matching of requested with drawn objects that costs least."""
+    return _errors_of_matching(spec, matched_objects(spec, objects), len(objects))
+
+
+def matched_objects(
+    spec: PromptSpec, objects: Sequence[SceneObject]
+) -> list[tuple[Group, SceneObject | None]]:
+    """Each requested object with the drawn one that stands for it, at the least cost of errors."""
     wanted = [group for group in spec.groups for _ in range(group.count)]
     slots: list[SceneObject | None] = [*objects, *([None] * len(wanted))]
-    best_cost, best = float("inf"), AlignmentErrors(0, len(wanted), len(objects), 0)
-    for chosen in dict.fromkeys(itertools.permutations(slots, len(wanted))):
-        pairs = list(zip(wanted, chosen, strict=True))
-        errors = _errors_of_matching(spec, pairs, len(objects))
-        cost = alignment_cost(spec, errors)
-        if cost < best_cost:
-            best_cost, best = cost, errors
-    return best
+    matchings = (
+        list(zip(wanted, chosen, strict=True))
+        for chosen in dict.fromkeys(itertools.permutations(slots, len(wanted)))
+    )
+    return min(
+        matchings, key=lambda pairs: alignment_cost(spec, _errors_of_matching(spec, pairs, len(objects)))
+    )
+
+
+def wrong_attributes(asked: Group, drawn: SceneObject | None) -> tuple[str, ...]:
+    """Which of "colour" and "shape" are not as asked for; both where nothing is drawn."""
+    if drawn is None:
+        return ("colour", "shape")
+    return tuple(name for name in ("colour", "shape") if getattr(drawn, name) != getattr(asked, name))
 
 
 def alignment_score(spec: PromptSpec, objects: Sequence[SceneObject]) -> float:
@@ -158,7 +171,7 @@ def _errors_of_matching(
     attributes, missing, used = 0, 0, 0
     for group, drawn in pairs:
         used += drawn is not None
-        wrong = 2 if drawn is None else (drawn.colour != group.colour) + (drawn.shape != group.shape)
+        wrong = len(wrong_attributes(group, drawn))
         attributes += wrong == 1
         missing += wrong == 2
     return AlignmentErrors(attributes, missing, n_drawn - used, int(not _relation_holds(spec, pairs)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.support.bench import report
+from tests.support.pages import read
 from zreward.runtime.bench.charts import ENDS, candidates_chart, sample_chart, size_chart, stage_chart
 from zreward.runtime.bench.page import bench_page, write_page
 from zreward.runtime.bench.report import BenchReport
@@ -18,35 +18,6 @@ from zreward.runtime.bench.stages import PARTS
 from zreward.runtime.bench.tables import markdown_report, milliseconds, stage_rows, summary_rows
 
 NASTY = "<script>alert('x')</script>&\"δ|"
-VOID = {"meta", "rect", "line", "path", "circle", "wbr"}
-
-
-class Reader(HTMLParser):
-    """Checks that elements nest, and collects them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def read(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    assert reader.open == []
-    return reader
 
 
 def nasty() -> BenchReport:

@@ -1,0 +1,110 @@
+"""The reproduction's order of work and its tables; its runs take hours and are not repeated here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.reproduction.experiments import experiments, first_lines, jobs
+from benchmarks.reproduction.orderings import differences
+from benchmarks.reproduction.report import write_report
+from benchmarks.reproduction.settings import settings_for
+from zreward.synthetic import DIMENSIONS
+
+SETTINGS = settings_for(torch.device("cpu"))
+
+
+class TestExperiments:
+    def test_every_need_is_a_job(self, tmp_path: Path) -> None:
+        found = jobs(SETTINGS, tmp_path, tmp_path, (0, 1))
+        names = {job.name for job in found}
+        assert len(names) == len(found) == 2 * len(experiments(SETTINGS))
+        assert all(job.needs <= names for job in found)
+
+    def test_students_of_a_teacher_wait_for_it(self, tmp_path: Path) -> None:
+        needs = {job.name: job.needs for job in jobs(SETTINGS, tmp_path, tmp_path, (1,))}
+        assert needs["1 student-risd"] == {"1 teacher-gdso"}
+        assert needs["1 student-opd"] == {"1 teacher-gdso"}
+        assert needs["1 teacher-sft"] == set()
+
+    def test_every_field_of_the_settings_is_used_at_its_size(self) -> None:
+        doubled = dataclasses.replace(SETTINGS, sft_steps=7, policy_steps=8, opd_steps=9, risd_steps=10)
+        steps = {(row.size.name, row.name): row.steps for row in experiments(doubled)}
+        assert steps["student", "sft"] == 7
+        assert steps["teacher", "gdso"] == 8
+        assert steps["student", "opd"] == 9
+        assert steps["student", "risd"] == 10
+
+
+def test_the_first_lines_of_a_split(tmp_path: Path) -> None:
+    path = tmp_path / "scenes.jsonl"
+    path.write_text("a\nb\nc\n", encoding="utf-8")
+    assert first_lines(path, 3) == path
+    assert first_lines(path, 2).read_text(encoding="utf-8") == "a\nb\n"
+    assert first_lines(path, 2).parent == path.parent
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    """Two seeds of a student that is always right, one whose answers are all wrong, and one that gave no answer."""
+    rng = np.random.default_rng(0)
+    scores = (
+        rng.permuted(np.tile([1.0, 2.0, 4.0, 5.0], (20, 4, 1)), axis=-1).transpose(0, 2, 1).reshape(80, 4)
+    )
+    lines = [
+        {
+            "prompt": f"scene {index // 4}",
+            "image": f"{index}.png",
+            "scores": dict(zip(DIMENSIONS, row, strict=True)),
+        }
+        for index, row in enumerate(scores.tolist())
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "test.jsonl").write_text(text, encoding="utf-8")
+    silent = np.full_like(scores, np.nan)
+    silent[0] = 3.0
+    rows = {"risd": scores, "sft": -scores, "gdso": silent}
+    for seed, hpa in enumerate((0.75, 0.85)):
+        for name, predicted in rows.items():
+            folder = tmp_path / f"seed-{seed}" / f"student-{name}"
+            folder.mkdir(parents=True)
+            np.save(folder / "predicted-1.npy", predicted)
+            overall = {"plcc": None, "srcc": None, "hpa": hpa, "margin_hpa": 0.9}
+            result = {"name": name, "size": "student", "seed": seed}
+            judged = {"traces_1": {"agreement": [overall], "failed": 0.0}}
+            (folder / "result.json").write_text(json.dumps({**result, **judged}), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_report_has_means_over_seeds_and_their_range(judged: Path) -> None:
+    text = write_report(judged, judged / "test.jsonl").read_text(encoding="utf-8")
+    assert "| risd | undefined | undefined | 0.8000 (0.750 to 0.850) | 0.9000 (0.900 to 0.900) |" in text
+    assert "| student-risd | student-sft | 1.0000 | 0.0000 | +100.00 (+100.00 to +100.00)" in text
+
+
+def test_orderings_have_the_claims_whose_rows_are_there(judged: Path) -> None:
+    found = {row.claim.worse: row for row in differences(judged, judged / "test.jsonl")}
+    assert found.keys() == {"student-sft", "student-gdso"}
+    assert found["student-sft"].by_seed == (1.0, 1.0)
+    assert found["student-sft"].holds is True
+
+
+def test_an_answer_that_failed_counts_as_undecided(judged: Path) -> None:
+    of_silent = next(r for r in differences(judged, judged / "test.jsonl") if r.claim.worse == "student-gdso")
+    assert of_silent.worse == 0.5
+
+
+def test_a_difference_is_open_while_its_interval_has_0(judged: Path) -> None:
+    noise = np.random.default_rng(1).random((2, 80, 4))
+    np.save(judged / "seed-0" / "student-sft" / "predicted-1.npy", noise[0])
+    np.save(judged / "seed-0" / "student-risd" / "predicted-1.npy", noise[1])
+    (judged / "seed-1" / "student-sft" / "predicted-1.npy").unlink()
+    row = next(r for r in differences(judged, judged / "test.jsonl") if r.claim.worse == "student-sft")
+    assert row.holds is None
+    assert len(row.by_seed) == 1
+    assert row.interval.low < row.better - row.worse < row.interval.high
