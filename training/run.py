@@ -2,9 +2,11 @@
 
     run = Run.start(config, "sft")
     for step in run.steps():
-        questions = run.batch(run.data.questions(labelled=True), step)
-        …                                  # the method: rows, a loss, run.backward(…)
-        run.update(step, loss=…)
+        items = run.batch(range(len(run.data)), step)
+        loss = run.backward(rows, loss_of)      # rows and their loss are the method's
+        norm = run.update()
+        run.record(step, loss=loss, gradient_norm=norm)
+        run.validate(step, answers)
     return run.finish(answers)
 
 `Run.start` finds everything wrong with the config, the data and the checkpoint before it trains, and continues a run
@@ -78,14 +80,16 @@ def check_inputs(config: TrainConfig, method: str, labels: Labelling = "required
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    check_output(config, method)
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    if first_process:  # which writes there a moment later: the others might see half of it
+        check_output(config, method)
     contract = contract_of(Checkpoint.open(config.model.checkpoint), config.model)
     data = load_training_set(Path(config.data.train), contract, labels)
     validation = None
     if config.data.validation is not None:
         validation = load_training_set(Path(config.data.validation), contract)
     output = Path(config.run.output)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / CONFIG_FILE, {"method": method, **config.to_dict()})
     return Inputs(config, method, data, validation)

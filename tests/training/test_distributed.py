@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.training import config_text, logged
+from zreward.errors import UsageError
+from zreward.training.config import load_config
+from zreward.training.run import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,22 +38,43 @@ def train(method: str, config: Path, processes: int) -> None:
         "WORLD_SIZE": str(processes),
     }
     command = [sys.executable, "-m", "zreward.cli", "train", method, "--config", str(config)]
+    logs = [config.with_name(f"{config.stem}-{processes}-{rank}.log") for rank in range(processes)]
     running = []
-    for rank in range(processes):
+    for rank, log in enumerate(logs):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        running.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=common | own,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+        with log.open("w") as errors:
+            running.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=common | own, stdout=subprocess.DEVNULL, stderr=errors
+                )
             )
-        )
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    deadline = time.monotonic() + 300
+    try:
+        while any(process.poll() is None for process in running):
+            said = "\n".join(log.read_text() for log in logs)
+            assert not any(process.returncode for process in running), said
+            assert time.monotonic() < deadline, f"no end after 300 s\n{said}"
+            time.sleep(0.1)
+    finally:
+        for process in running:  # one whose partner failed waits for it
+            process.kill()
+            process.wait()
+    assert not any(process.returncode for process in running), "\n".join(log.read_text() for log in logs)
+
+
+def test_only_the_first_process_judges_the_output_folder(
+    reference_student: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may come when it has begun to write there."""
+    config = tmp_path / "config.toml"
+    config.write_text(config_text(reference_student, scenes, tmp_path / "run", steps=1), encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.partial").write_text("{")
+    monkeypatch.setenv("RANK", "1")
+    assert check_inputs(load_config(config), "sft").method == "sft"
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="is not empty"):
+        check_inputs(load_config(config), "sft")
 
 
 @pytest.mark.slow
