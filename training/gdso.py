@@ -76,10 +76,11 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         ) -> Tensor:
             log_probs_pjgk = out.log_probs_nk.view(*samples.shape, -1)
             valid_pjg = out.valid_n.view(samples.shape)
+            judgement = samples.judgement(out)
             policy = losses.policy_loss(
                 out.token_log_probs_nt,
-                samples.sampled.token_log_probs_nt,
-                samples.advantages_n,
+                judgement.token_log_probs_nt,
+                judgement.advantages_n,
                 out.mask_nt,
                 reference_log_probs_nt=samples.reference_nt,
                 beta=options.beta,

@@ -18,6 +18,7 @@ from zreward.training.passes import RowOutputs
 from zreward.training.policy import (
     PolicyOptions,
     Reference,
+    Samples,
     reasoned_answers,
     sample_pairs,
     training_pairs,
@@ -48,11 +49,12 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         reference.renew(run, step)
         samples = sample_pairs(run, run.batch(pairs, step), options, step, reference)
 
-        def loss_of(out: RowOutputs, samples: Any = samples) -> Tensor:
+        def loss_of(out: RowOutputs, samples: Samples = samples) -> Tensor:
+            judgement = samples.judgement(out)
             return losses.policy_loss(
                 out.token_log_probs_nt,
-                samples.sampled.token_log_probs_nt,
-                samples.advantages_n,
+                judgement.token_log_probs_nt,
+                judgement.advantages_n,
                 out.mask_nt,
                 reference_log_probs_nt=samples.reference_nt,
                 beta=options.beta,

@@ -7,8 +7,9 @@ answers and the log-probability of each sampled token. The vocabulary's logits o
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    DynamicCache,
     Qwen3_5ForConditionalGeneration,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -52,6 +54,9 @@ _TOKEN_CHUNK = 256
 
 _SHORT_CHUNK = 32
 """Of DeltaNet on a CPU: 0.75 of the time of a step with outputs of 13 tokens."""
+
+
+StopAfter = Callable[[int], StoppingCriteria]
 
 
 class Outputs(NamedTuple):
@@ -104,29 +109,77 @@ class RewardModel(nn.Module):
             scores.log_probs_nk, scores.off_scale_n, self._token_log_probs(tokens_td, batch.token_ids_t)
         )
 
-    def generate(self, batch: Batch, **options: Any) -> Tensor:
-        """transformers' generation after rows without outputs: the new ids, [b · num_return_sequences, new].
+    def generate(self, batch: Batch, count: int, stop_after: StopAfter, **options: Any) -> list[list[int]]:
+        """transformers' generation, `count` times after each row of a batch without outputs.
 
-        `stop_after` in the options makes a stopping criterion from the number of ids in front.
+        A prefix runs once for all that continues it, where prefixes are shared.
+
+        Args:
+            stop_after: makes the stopping criterion from the number of ids in front.
+            options: of transformers' `generate`.
+
+        Returns:
+            The new ids, b · count, those of a row one after the other.
         """
-        images = batch.images_of_rows()
-        ids, mask = batch.left_padded(self.collator.pad_id)
-        stop: StoppingCriteria = options.pop("stop_after")(ids.shape[1])
+        if not self.shares_prefixes:
+            images = [image for image in batch.images_of_rows() for _ in range(count)]
+            ids, mask = (part.repeat_interleave(count, 0) for part in batch.left_padded(self.collator.pad_id))
+            return self._sampled(
+                ids,
+                mask,
+                stop_after,
+                mm_token_type_ids=self._image_mask(ids),
+                image_grid_thw=batch.grids_i3[images],
+                mm_encoder_outputs={"image": self._image_features(batch, images)},
+                **options,
+            )
+        cache = DynamicCache(config=self.net.config)
+        self._run_prefixes(batch, cache)
+        deltas_u1: Tensor = self.net.model.rope_deltas
+        found: dict[int, list[list[int]]] = {}
+        lengths_b = batch.mask_bs.sum(1)
+        for length in lengths_b.unique().tolist():  # no padding may stand between prefix and output
+            rows = (lengths_b == length).nonzero()[:, 0]
+            prefixes = batch.prefix_of_row_b[rows].repeat_interleave(count)
+            own: Any = copy.deepcopy(cache)
+            own.reorder_cache(prefixes)
+            self.net.model.rope_deltas = deltas_u1[prefixes]
+            end = batch.prefix_ids_ul.shape[1] + length
+            ids, mask = (
+                part[rows, :end].repeat_interleave(count, 0) for part in (batch.joined_ids, batch.joined_mask)
+            )
+            outputs = self._sampled(ids, mask, stop_after, past_key_values=own, **options)
+            found |= {row: outputs[n * count : (n + 1) * count] for n, row in enumerate(rows.tolist())}
+        return [output for row in sorted(found) for output in found[row]]
+
+    def _sampled(self, ids: Tensor, mask: Tensor, stop_after: StopAfter, **options: Any) -> list[list[int]]:
         sequences: Tensor = self.net.generate(
             input_ids=ids,
             attention_mask=mask,
-            mm_token_type_ids=self._image_mask(ids),
-            image_grid_thw=batch.grids_i3[images],
-            mm_encoder_outputs={"image": self._image_features(batch, images)},
             pad_token_id=self.collator.pad_id,
-            stopping_criteria=StoppingCriteriaList([stop]),
+            stopping_criteria=StoppingCriteriaList([stop_after(ids.shape[1])]),
             **options,
         )
-        return sequences[:, ids.shape[1] :]
+        new: list[list[int]] = sequences[:, ids.shape[1] :].tolist()
+        return new
 
     def _continued(self, batch: Batch) -> Tensor:
         """Hidden states [b, s, d] of the rows, each from the states of its prefix, which ran once."""
         cache: Any = StatesWithGradient(config=self.net.config)
+        self._run_prefixes(batch, cache)
+        cache.reorder_cache(batch.prefix_of_row_b)
+        hidden: Tensor = self.net.model(
+            input_ids=batch.ids_bs,
+            attention_mask=batch.joined_mask,
+            position_ids=batch.positions_3bs,
+            past_key_values=cache,
+            use_cache=True,
+            **self._chunks(batch.ids_bs),
+        ).last_hidden_state
+        return hidden
+
+    def _run_prefixes(self, batch: Batch, cache: DynamicCache) -> None:
+        """Fill a cache with the states of the batch's prefixes."""
         images = [image for seen in batch.images_of_prefixes for image in seen]
         self.net.model(
             input_ids=batch.prefix_ids_ul,
@@ -138,16 +191,6 @@ class RewardModel(nn.Module):
             use_cache=True,
             **self._chunks(batch.prefix_ids_ul),
         )
-        cache.reorder_cache(batch.prefix_of_row_b)
-        hidden: Tensor = self.net.model(
-            input_ids=batch.ids_bs,
-            attention_mask=batch.joined_mask,
-            position_ids=batch.positions_3bs,
-            past_key_values=cache,
-            use_cache=True,
-            **self._chunks(batch.ids_bs),
-        ).last_hidden_state
-        return hidden
 
     def _joined(self, batch: Batch) -> Tensor:
         """The same hidden states from whole sequences, prefix and row in one."""

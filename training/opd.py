@@ -6,7 +6,7 @@ tokens whenever it scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -66,25 +66,28 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         asked = [run.row(question) for question in run.batch(questions, step)]
         groups = run.sample(asked, options.sampling, run.sampling_seed(step))
         rows = [row for group in groups for row in group]
-        sampled = run.outputs(rows)
         judged_nt = run_rows(teacher, teacher, rows, micro).token_log_probs_nt
+        sampled: list[RowOutputs] = []
 
-        def loss_of(out: RowOutputs, sampled: RowOutputs = sampled, judged_nt: Tensor = judged_nt) -> Tensor:
+        def loss_of(out: RowOutputs, sampled: Any = sampled, judged_nt: Tensor = judged_nt) -> Tensor:
+            if not sampled:  # the first update, whose policy is the one that sampled
+                sampled.append(replace(out, token_log_probs_nt=out.token_log_probs_nt.detach()))
             return losses.on_policy_distillation_loss(
-                out.token_log_probs_nt, sampled.token_log_probs_nt, judged_nt, out.mask_nt
+                out.token_log_probs_nt, sampled[0].token_log_probs_nt, judged_nt, out.mask_nt
             )
 
         for _ in range(options.updates):
             loss = run.backward(rows, loss_of)
             norm = run.update()
-        gap = (sampled.token_log_probs_nt - judged_nt).sum() / sampled.mask_nt.sum()
+        of_policy = sampled[0]
+        gap = (of_policy.token_log_probs_nt - judged_nt).sum() / of_policy.mask_nt.sum()
         run.record(
             step,
             loss=loss,
             gradient_norm=norm,
             reverse_kl=gap.item(),
-            failed=1 - sampled.valid_n.float().mean().item(),
-            tokens=sampled.mask_nt.sum(-1).float().mean().item(),
+            failed=1 - of_policy.valid_n.float().mean().item(),
+            tokens=of_policy.mask_nt.sum(-1).float().mean().item(),
         )
         run.validate(step, answers)
     return run.finish(answers)

@@ -5,7 +5,7 @@ Order of rows everywhere: pair by pair, the first side's group, then the second'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,26 +67,57 @@ class PolicyOptions:
 
 
 @dataclass(frozen=True, eq=False)
+class Judgement:
+    """What the policy that sampled a batch thought of its samples.
+
+    Attributes:
+        token_log_probs_nt: log π_old of the tokens.
+        advantages_n: equation (3).
+        figures: means for the log.
+    """
+
+    token_log_probs_nt: Tensor
+    advantages_n: Tensor
+    figures: dict[str, float]
+
+
 class Samples:
-    """The outputs of a batch of pairs, and what the policy that sampled them thought.
+    """The outputs of a batch of pairs.
 
     Attributes:
         rows: n = pairs · 2 · G, with outputs.
         shape: (pairs, 2, G).
         labels_pj: ŝ.
-        sampled: outputs of a forward pass of the policy that sampled them.
         reference_nt: log π_ref of the tokens; None without a KL term.
-        advantages_n: equation (3).
-        figures: means for the log.
     """
 
-    rows: list[Row]
-    shape: tuple[int, int, int]
-    labels_pj: Tensor
-    sampled: RowOutputs
-    reference_nt: Tensor | None
-    advantages_n: Tensor
-    figures: dict[str, float]
+    def __init__(
+        self,
+        rows: list[Row],
+        labels_pj: Tensor,
+        reference_nt: Tensor | None,
+        judge: Callable[[RowOutputs], Judgement],
+    ) -> None:
+        self.rows = rows
+        self.labels_pj = labels_pj
+        self.reference_nt = reference_nt
+        self.shape = (len(labels_pj), 2, len(rows) // (2 * len(labels_pj)))
+        self._judge = judge
+        self._judgement: Judgement | None = None
+
+    def judgement(self, out: RowOutputs) -> Judgement:
+        """Of the outputs of the first forward pass that this is asked with.
+
+        In the first update after sampling the policy is still the one that sampled, so its pass serves both.
+        """
+        if self._judgement is None:
+            self._judgement = self._judge(out)
+        return self._judgement
+
+    @property
+    def figures(self) -> dict[str, float]:
+        assert self._judgement is not None, "known after the first forward pass"
+        return self._judgement.figures
 
 
 def training_pairs(inputs: Inputs) -> list[LabelledPair]:
@@ -110,40 +141,50 @@ def training_pairs(inputs: Inputs) -> list[LabelledPair]:
 def sample_pairs(
     run: Run, pairs: Sequence[LabelledPair], options: PolicyOptions, step: int, reference: Reference
 ) -> Samples:
-    """Sample a group for each side of each pair, and judge it."""
+    """Sample a group for each side of each pair."""
     questions = [
         run.row(Question(item, pair.dimension)) for pair in pairs for item in (pair.first, pair.second)
     ]
     groups = run.sample(questions, options.sampling, run.sampling_seed(step))
     rows = [row for group in groups for row in group]
-    shape = (len(pairs), 2, options.sampling.group_size)
     labels_pj = torch.tensor(
         [[run.data.scores[item, p.dimension] for item in (p.first, p.second)] for p in pairs],
         dtype=torch.float32,
         device=run.device,
     )
-    sampled = run.outputs(rows)
     reference_nt = reference.token_log_probs(run, rows) if options.beta else None
-    means_pjg, valid_pjg = _judged_scores(run.core, rows, sampled, options.reward_from, shape)
-    span = run.core.contract.bins[-1] - run.core.contract.bins[0]
+
+    def judge(out: RowOutputs) -> Judgement:
+        return judged(run.core, rows, out, labels_pj, options)
+
+    return Samples(rows, labels_pj, reference_nt, judge)
+
+
+@torch.no_grad()
+def judged(
+    core: RewardModel, rows: Sequence[Row], out: RowOutputs, labels_pj: Tensor, options: PolicyOptions
+) -> Judgement:
+    """Rewards and advantages of the samples whose outputs under the policy that sampled them are `out`."""
+    shape = (len(labels_pj), 2, len(rows) // (2 * len(labels_pj)))
+    means_pjg, valid_pjg = _judged_scores(core, rows, out, options.reward_from, shape)
     rewards_pjg = losses.rewards(
         means_pjg,
         labels_pj,
-        span,
+        core.contract.bins[-1] - core.contract.bins[0],
         pointwise=options.pointwise_reward,
         pairwise=options.pairwise_reward,
         valid_pjg=valid_pjg,
     )
-    advantages_n = losses.group_advantages(rewards_pjg, options.epsilon).flatten()
-    valid = sampled.valid_n
+    valid = out.valid_n
     figures = {
         "reward": rewards_pjg.mean().item(),
         "reward_spread": rewards_pjg.std(-1, unbiased=False).mean().item(),
         "failed": 1 - valid.float().mean().item(),
-        "off_scale": (sampled.off_scale_n[valid].mean() if valid.any() else torch.tensor(0.0)).item(),
-        "tokens": sampled.mask_nt.sum(-1).float().mean().item(),
+        "off_scale": (out.off_scale_n[valid].mean() if valid.any() else torch.tensor(0.0)).item(),
+        "tokens": out.mask_nt.sum(-1).float().mean().item(),
     }
-    return Samples(rows, shape, labels_pj, sampled, reference_nt, advantages_n, figures)
+    advantages_n = losses.group_advantages(rewards_pjg, options.epsilon).flatten()
+    return Judgement(out.token_log_probs_nt.detach(), advantages_n, figures)
 
 
 class Reference:

@@ -80,18 +80,18 @@ def _generated(model: RewardModel, questions: Sequence[Row], sampling: Sampling)
     reader = TraceReader(collator.encoder)
     generated = model.generate(
         batch,
-        num_return_sequences=sampling.group_size,
+        sampling.group_size,
+        partial(UntilAnswer, reader),
         max_new_tokens=sampling.max_new_tokens,
         do_sample=True,
         temperature=sampling.temperature,
         top_k=0,
         top_p=1.0,
         suppress_tokens=banned_ids(net),
-        stop_after=partial(UntilAnswer, reader),
         synced_gpus=is_sharded(model),
     )
     end = net.generation_config.eos_token_id
-    outputs = [trimmed(ids, reader, end) for ids in generated.tolist()]
+    outputs = [trimmed(ids, reader, end) for ids in generated]
     size = sampling.group_size
     return [
         [replace(row, output=output) for output in outputs[index * size : (index + 1) * size]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.reproduction.base import make_base, tower_weights
+from benchmarks.reproduction.base import make_base
 from benchmarks.reproduction.experiments import first_lines, jobs
 from benchmarks.reproduction.report import write_report
 from benchmarks.reproduction.schedule import Job, run_jobs
@@ -42,16 +42,22 @@ def main() -> int:
     data = work / "data"
     parts = [options.only] if options.only else ["data", "base", "methods", "report"]
     if "data" in parts and not (data / "benchmark.json").is_file():
-        write_benchmark(data, scale=settings.scale)
-    if "base" in parts:
-        tower_weights(settings, work)
-        bases = [Job(f"base {size.name}", make_base, (size, settings, data, work)) for size in settings.sizes]
-        run_jobs(bases, settings.workers)
+        write_benchmark(data, settings.scenes, scale=settings.scale)
+    found = base_jobs(settings, data, work) if "base" in parts else []
     if "methods" in parts:
-        run_jobs(chosen_jobs(settings, data, work, options), settings.workers)
+        found += chosen_jobs(settings, data, work, options)
+    run_jobs(found, settings.workers)
     if "report" in parts:
         write_report(work, first_lines(data / "test" / SCENES_FILE, settings.test_images))
     return 0
+
+
+def base_jobs(settings: Settings, data: Path, work: Path) -> list[Job]:
+    found = []
+    for size in settings.sizes:
+        needed = [f"base {size.grown_from}"] if size.grown_from else []
+        found.append(Job(f"base {size.name}", make_base, (size, settings, data, work)).after(needed))
+    return found
 
 
 def chosen_jobs(settings: Settings, data: Path, work: Path, options: argparse.Namespace) -> list[Job]:

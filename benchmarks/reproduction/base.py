@@ -1,12 +1,12 @@
 """Base models of the reproduction: small Qwen3.5 models that can describe a scene and answer with some score.
 
-They stand for the pretrained models that the paper starts from. Three stages:
+They stand for the pretrained models that the paper starts from. Their vision tower is that of the shipped reference
+student, and stays as it is. The language model is new:
 
-1. the vision tower learns what covers each image token and how bad each defect is (`reference_learner`), once for all
-   sizes;
-2. the whole model learns to describe scenes in the four dimensions, by `zreward train rewarddance` on the chains of the
-   split `pretrain`, which has no labels;
-3. a cold start: it learns to end a description with a score, on a few scenes that careless annotators judged (the split
+1. it learns to describe scenes in the four dimensions, by `zreward train rewarddance` on the chains of the split
+   `pretrain`, which has no labels. The teacher's goes on from the student's, with more layers on top that change
+   nothing at first;
+2. a cold start: it learns to end a description with a score, on a few scenes that careless annotators judged (the split
    `opinions`). This is the form of an answer and hardly a judgement.
 """
 
@@ -18,25 +18,25 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Qwen3_5ForConditionalGeneration
 
 from benchmarks.reproduction.settings import Settings, Size
+from zreward.commands.demo import REFERENCE_STUDENT
 from zreward.synthetic import make_scene
 from zreward.synthetic.descriptions import describe
 from zreward.training import rewarddance
 from zreward.training.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
-from zreward.training.reference_evaluate import RunLog
 from zreward.training.reference_learner import Student
 from zreward.training.reference_model import StudentShape, save_tokenizer
-from zreward.training.reference_optimize import run_stage
-from zreward.training.reference_recipe import Recipe, Stage
-from zreward.training.reference_student import split
+from zreward.training.reference_recipe import Recipe
 
-TOWER_SEED = 16_000
-"""Scenes of the first stage, which no split of the benchmark has."""
+MAX_NEW_TOKENS = 48
+
+_ADDS_TO_RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+"""The last product of each half of a layer; where it is 0, the layer hands on what it was given."""
 
 
 def make_base(size: Size, settings: Settings, data: Path, work: Path) -> None:
@@ -48,16 +48,17 @@ def make_base(size: Size, settings: Settings, data: Path, work: Path) -> None:
     final = work / f"base-{size.name}"
     if final.is_dir():
         return
-    blank = work / f"blank-{size.name}"
-    if not blank.is_dir():
-        write_blank(size, settings, work, blank)
+    start = work / f"blank-{size.name}"
+    if not start.is_dir():
+        grown_from = work / f"describe-{size.grown_from}" / "model" if size.grown_from else None
+        write_start(size, start, grown_from)
     described = taught(
         f"describe-{size.name}",
-        blank,
+        start,
         data / "pretrain",
         settings,
         work,
-        settings.describe_steps,
+        settings.describe_steps[size.name],
         score_weight=0.0,
     )
     answering = taught(
@@ -81,7 +82,7 @@ def taught(
         rewarddance.train(
             TrainConfig(
                 DataConfig(str(split / "scenes.jsonl")),
-                ModelConfig(str(start), train_vision=True, precision=settings.precision),
+                ModelConfig(str(start), precision=settings.precision),
                 RunConfig(
                     str(run),
                     steps=steps,
@@ -94,61 +95,53 @@ def taught(
                 OptimizerConfig(
                     learning_rate=1e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=steps // 20
                 ),
-                {"chains": str(split / "chains.jsonl"), "score_weight": score_weight, "max_new_tokens": 48},
+                {
+                    "chains": str(split / "chains.jsonl"),
+                    "score_weight": score_weight,
+                    "max_new_tokens": MAX_NEW_TOKENS,
+                },
             ),
             shown(name),
         )
     return run / "model"
 
 
-def write_blank(size: Size, settings: Settings, work: Path, directory: Path) -> None:
-    """A checkpoint with a trained tower and an untrained language model."""
-    recipe = recipe_of(size, settings)
-    student = new_student(recipe)
-    tower = tower_weights(settings, work)
-    own = student.model.model.visual
-    fitting = {name: value for name, value in tower.items() if own.state_dict()[name].shape == value.shape}
-    own.load_state_dict(fitting, strict=False)
+def write_start(size: Size, directory: Path, grown_from: Path | None) -> None:
+    """A checkpoint with a trained tower and, without `grown_from`, an untrained language model.
+
+    Args:
+        grown_from: a checkpoint with fewer layers, to which the new ones are added.
+    """
+    recipe = recipe_of(size)
+    student = Student(recipe, description_texts(recipe))
+    if grown_from is None:
+        weights = {
+            k: v for k, v in load_file(REFERENCE_STUDENT / "model.safetensors").items() if ".visual." in k
+        }
+    else:
+        weights = load_file(grown_from / "model.safetensors")
+        pass_on_at_first(student.model, weights)
+    unexpected = student.model.load_state_dict(weights, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"{unexpected[0]} has no place in a model of {size.name} size")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    student.model.bfloat16().save_pretrained(partial)
+    student.model.save_pretrained(partial)
     save_tokenizer(student.tokenizer, partial)
     student.contract.save(partial)
     partial.rename(directory)
 
 
-def tower_weights(settings: Settings, work: Path) -> dict[str, Tensor]:
-    """The vision tower after the first stage, from `work` if it is there."""
-    path = work / "tower.safetensors"
-    if not path.is_file():
-        recipe = recipe_of(settings.sizes[0], settings)
-        student = new_student(recipe)
-        torch.set_num_threads(settings.threads or torch.get_num_threads())
-        data = split(recipe, TOWER_SEED, settings.tower_prompts, 5, 0, work)
-        rng = np.random.default_rng(settings.base_seed)
-        log = RunLog(work / "tower.jsonl")
-
-        def step(_: float) -> Tensor:
-            rows = rng.integers(len(data), size=recipe.vision.batch)
-            return student.heads.vision_loss(student.features(data.images[rows]), data, rows)
-
-        run_stage("vision", recipe.vision, student, step, None, log, 1e9)
-        partial = path.with_suffix(".partial")
-        save_file(student.model.model.visual.state_dict(), partial)
-        partial.replace(path)
-    return load_file(path)
+@torch.no_grad()
+def pass_on_at_first(model: Qwen3_5ForConditionalGeneration, known: dict[str, Tensor]) -> None:
+    """Let every layer that `known` has no weights of hand on what it is given, until it has learned."""
+    for name, parameter in model.named_parameters():
+        if name not in known and name.endswith(_ADDS_TO_RESIDUAL):
+            parameter.zero_()
 
 
-def recipe_of(size: Size, settings: Settings) -> Recipe:
-    shape = dataclasses.replace(
-        StudentShape(), layers=size.layers, hidden=size.hidden, ffn=size.ffn, heads=size.heads
-    )
-    stage = Stage(steps=settings.tower_steps, minutes=1e6, rate=1e-3, vision_rate=1e-3, batch=32)
-    return Recipe(seed=settings.base_seed, shape=shape, vision=stage, threads=settings.threads or 1)
-
-
-def new_student(recipe: Recipe) -> Student:
-    return Student(recipe, description_texts(recipe))
+def recipe_of(size: Size) -> Recipe:
+    return Recipe(shape=dataclasses.replace(StudentShape(), layers=size.layers))
 
 
 def description_texts(recipe: Recipe) -> Iterator[str]:

@@ -39,7 +39,6 @@ CLAIMS = (
     Claim("student-risd", "student-gdso"),
     Claim("student-risd", "teacher-gdso"),
     Claim("teacher-grpo", "teacher-grpo-parsed"),
-    Claim("teacher-gdso", "teacher-gdso-parsed"),
 )
 """The last of the students' is no claim of the paper: it says how near the student comes to its teacher."""
 

@@ -8,26 +8,29 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reproduction.curves import write_curves
 from benchmarks.reproduction.orderings import Difference, differences
 from zreward.jsonfile import write_text
 
-ROWS = ("zero-shot", "sft", "rewarddance", "grpo", "gdso", "opd", "risd", "grpo-parsed", "gdso-parsed")
-HEAD = ("method", "PLCC", "SRCC", "HPA", "margin HPA", "HPA, 4 traces", "failed", "seeds")
+ROWS = ("zero-shot", "sft", "rewarddance", "grpo", "gdso", "opd", "risd", "grpo-parsed")
+HEAD = ("method", "PLCC", "SRCC", "HPA", "margin HPA", "tokens", "failed", "seeds")
 
 Results = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def write_report(work: Path, test: Path) -> Path:
-    """Write `results.md` into the folder of the reproduction.
+    """Write `results.md` and `curves.svg` into the folder of the reproduction.
 
     Args:
         test: the labelled lines that the rows were judged on.
     """
     found = results(work)
     tables = [table(size, rows) for size, rows in found.items()]
-    text = "\n\n".join([*tables, orderings(differences(work, test))])
+    parts = [*tables, "\n".join(averaged(found)), orderings(differences(work, test))]
+    text = "\n\n".join(part for part in parts if part)
     path = work / "results.md"
     write_text(path, text + "\n")
+    write_curves(work, work / "curves.svg")
     print(text)
     return path
 
@@ -49,10 +52,24 @@ def table(size: str, rows: dict[str, list[dict[str, Any]]]) -> str:
 
 def line(name: str, seeds: list[dict[str, Any]]) -> str:
     figures = [spread([_overall(result, 1)[key] for result in seeds]) for key in _FIGURES]
-    several = [_overall(result, 4)["hpa"] for result in seeds if "traces_4" in result]
     failed = statistics.mean(result["traces_1"]["failed"] for result in seeds)
-    cells = [name, *figures, spread(several) if several else "–", f"{failed:.1%}", str(len(seeds))]
+    tokens = statistics.mean(result["traces_1"]["tokens"] for result in seeds)
+    cells = [name, *figures, f"{tokens:.3g}", f"{failed:.1%}", str(len(seeds))]
     return f"| {' | '.join(cells)} |"
+
+
+def averaged(found: Results) -> list[str]:
+    """How much the mean of several traces adds, where it was measured."""
+    lines = []
+    for size, rows in found.items():
+        for name, seeds in rows.items():
+            for key in sorted(
+                {key for result in seeds for key in result if key.startswith("traces_")} - {"traces_1"}
+            ):
+                traces = int(key.removeprefix("traces_"))
+                hpa = spread([_overall(result, traces)["hpa"] for result in seeds if key in result])
+                lines.append(f"- {size}-{name}, {traces} traces averaged: HPA {hpa}")
+    return lines
 
 
 def _overall(result: dict[str, Any], traces: int) -> dict[str, float | None]:

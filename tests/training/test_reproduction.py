@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Qwen3_5ForConditionalGeneration
 
+from benchmarks.reproduction.__main__ import base_jobs
+from benchmarks.reproduction.base import write_start
+from benchmarks.reproduction.curves import as_svg, curves, write_curves
 from benchmarks.reproduction.experiments import experiments, first_lines, jobs
 from benchmarks.reproduction.orderings import differences
 from benchmarks.reproduction.report import write_report
-from benchmarks.reproduction.settings import settings_for
+from benchmarks.reproduction.settings import STUDENT, TEACHER, settings_for
+from zreward.commands.demo import REFERENCE_STUDENT
+from zreward.contract import ScoreContract
+from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.synthetic import DIMENSIONS
 
 SETTINGS = settings_for(torch.device("cpu"))
@@ -24,13 +34,17 @@ class TestExperiments:
         found = jobs(SETTINGS, tmp_path, tmp_path, (0, 1))
         names = {job.name for job in found}
         assert len(names) == len(found) == 2 * len(experiments(SETTINGS))
-        assert all(job.needs <= names for job in found)
+        assert all(job.needs <= names | {"base teacher", "base student"} for job in found)
 
     def test_students_of_a_teacher_wait_for_it(self, tmp_path: Path) -> None:
         needs = {job.name: job.needs for job in jobs(SETTINGS, tmp_path, tmp_path, (1,))}
-        assert needs["1 student-risd"] == {"1 teacher-gdso"}
-        assert needs["1 student-opd"] == {"1 teacher-gdso"}
-        assert needs["1 teacher-sft"] == set()
+        assert needs["1 student-risd"] == {"base student", "1 teacher-gdso"}
+        assert needs["1 student-opd"] == {"base student", "1 teacher-gdso"}
+        assert needs["1 teacher-sft"] == {"base teacher"}
+
+    def test_the_teachers_base_waits_for_the_students(self, tmp_path: Path) -> None:
+        needs = {job.name: job.needs for job in base_jobs(SETTINGS, tmp_path, tmp_path)}
+        assert needs == {"base student": set(), "base teacher": {"base student"}}
 
     def test_every_field_of_the_settings_is_used_at_its_size(self) -> None:
         doubled = dataclasses.replace(SETTINGS, sft_steps=7, policy_steps=8, opd_steps=9, risd_steps=10)
@@ -39,6 +53,33 @@ class TestExperiments:
         assert steps["teacher", "gdso"] == 8
         assert steps["student", "opd"] == 9
         assert steps["student", "risd"] == 10
+
+
+class TestBase:
+    def test_a_grown_model_begins_as_the_smaller_one(self, tmp_path: Path) -> None:
+        write_start(STUDENT, tmp_path / "small", None)
+        write_start(TEACHER, tmp_path / "large", tmp_path / "small")
+        prompt = PromptEncoder(ScoreContract.load(tmp_path / "small"), load_tokenizer(tmp_path / "small"))
+        ids = torch.from_numpy(prompt.text_prefix_ids("a red ball"))[None]
+        small, large = (
+            Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("small", "large")
+        )
+        assert len(large.model.language_model.layers) == 2 * len(small.model.language_model.layers)
+        with torch.no_grad():
+            torch.testing.assert_close(large(input_ids=ids).logits, small(input_ids=ids).logits)
+
+    def test_the_tower_is_the_shipped_students(self, tmp_path: Path) -> None:
+        write_start(STUDENT, tmp_path / "small", None)
+        shipped, own = (load_file(d / "model.safetensors") for d in (REFERENCE_STUDENT, tmp_path / "small"))
+        visual = [name for name in shipped if ".visual." in name]
+        assert len(visual) > 50
+        assert all(own[name].equal(shipped[name].to(own[name].dtype)) for name in visual)
+
+    def test_weights_of_more_layers_are_refused(self, tmp_path: Path) -> None:
+        write_start(TEACHER, tmp_path / "large", None)
+        with pytest.raises(ValueError, match="no place in a model of student size"):
+            write_start(STUDENT, tmp_path / "small", tmp_path / "large")
+        assert not (tmp_path / "small").exists()
 
 
 def test_the_first_lines_of_a_split(tmp_path: Path) -> None:
@@ -76,14 +117,17 @@ def judged(tmp_path: Path) -> Path:
             np.save(folder / "predicted-1.npy", predicted)
             overall = {"plcc": None, "srcc": None, "hpa": hpa, "margin_hpa": 0.9}
             result = {"name": name, "size": "student", "seed": seed}
-            judged = {"traces_1": {"agreement": [overall], "failed": 0.0}}
+            judged = {"traces_1": {"agreement": [overall], "failed": 0.0, "tokens": 12.5}}
             (folder / "result.json").write_text(json.dumps({**result, **judged}), encoding="utf-8")
     return tmp_path
 
 
 def test_the_report_has_means_over_seeds_and_their_range(judged: Path) -> None:
     text = write_report(judged, judged / "test.jsonl").read_text(encoding="utf-8")
-    assert "| risd | undefined | undefined | 0.8000 (0.750 to 0.850) | 0.9000 (0.900 to 0.900) |" in text
+    figures = "undefined | undefined | 0.8000 (0.750 to 0.850) | 0.9000 (0.900 to 0.900) | 12.5 | 0.0% | 2"
+    assert f"| risd | {figures} |" in text
+    assert "traces averaged" not in text
+    assert not (judged / "curves.svg").exists()
     assert "| student-risd | student-sft | 1.0000 | 0.0000 | +100.00 (+100.00 to +100.00)" in text
 
 
@@ -108,3 +152,40 @@ def test_a_difference_is_open_while_its_interval_has_0(judged: Path) -> None:
     assert row.holds is None
     assert len(row.by_seed) == 1
     assert row.interval.low < row.better - row.worse < row.interval.high
+
+
+class TestCurves:
+    @pytest.fixture
+    def runs(self, tmp_path: Path) -> Path:
+        for seed, lift in enumerate((0.0, 0.0625)):
+            for row, values in (("teacher-gdso", (0.75, 0.875)), ("student-risd", (0.75, 0.8125))):
+                run = tmp_path / f"seed-{seed}" / row / "run"
+                run.mkdir(parents=True)
+                events = [{"event": "start", "step": 0}] + [
+                    {"event": "validation", "step": step, "overall": {"hpa": hpa + lift}}
+                    for step, hpa in zip((50, 100), values, strict=True)
+                ]
+                (run / "log.jsonl").write_text(
+                    "".join(json.dumps(e) + "\n" for e in events), encoding="utf-8"
+                )
+        return tmp_path
+
+    def test_points_of_all_seeds_by_share_of_the_run(self, runs: Path) -> None:
+        found = curves(runs)
+        assert found["teacher"] == {"gdso": {0.5: [0.75, 0.8125], 1.0: [0.875, 0.9375]}}
+        assert found["student"].keys() == {"risd"}
+
+    def test_the_picture_names_every_curve(self, runs: Path) -> None:
+        write_curves(runs, runs / "curves.svg")
+        picture = ElementTree.parse(runs / "curves.svg")
+        words = [element.text for element in picture.iter() if element.tag.endswith("text")]
+        assert {"gdso", "risd", "100%", "0.74", "0.94"} <= set(words)
+        circles = [element for element in picture.iter() if element.tag.endswith("circle")]
+        assert len(circles) == 8
+
+    def test_names_do_not_overlap(self) -> None:
+        found = {"student": {name: {1.0: [0.8]} for name in ("sft", "grpo", "gdso", "opd", "risd")}}
+        picture = ElementTree.fromstring(as_svg(found))
+        names = [e for e in picture.iter() if e.text in found["student"]]
+        heights = sorted(float(element.attrib["y"]) for element in names)
+        assert all(after - before >= 14 for before, after in itertools.pairwise(heights))

@@ -53,8 +53,14 @@ def test_the_same_seed_gives_the_same_samples(model: RewardModel, questions: lis
 
 
 def test_nearly_cold_samples_are_the_likeliest_tokens(model: RewardModel, questions: list[Row]) -> None:
-    """Every token of such an output is the argmax of a full forward pass: image, positions and padding agree."""
-    rows = [group[0] for group in sample_outputs(model, questions, Sampling(1, 12, 1e-4), 0, 8)]
+    """Every token of such an output is the argmax of a full forward pass: image, positions and padding agree.
+
+    Two of the questions are of one image, and others have other lengths.
+    """
+    asked = [*questions, replace(questions[0], dimension=3)]
+    groups = sample_outputs(model, asked, Sampling(2, 12, 1e-4), 0, micro_batch=8)
+    assert [replace(row, output=None) for group in groups for row in group[1:]] == asked
+    rows = [row for group in groups for row in group]
     allowed = torch.ones(model.net.config.get_text_config().vocab_size, dtype=torch.bool)
     allowed[banned_ids(model.net)] = False
     for row in rows:
