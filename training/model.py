@@ -7,7 +7,6 @@ answers and the log-probability of each sampled token. The vocabulary's logits o
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -109,6 +108,7 @@ class RewardModel(nn.Module):
             scores.log_probs_nk, scores.off_scale_n, self._token_log_probs(tokens_td, batch.token_ids_t)
         )
 
+    @torch.no_grad()
     def generate(self, batch: Batch, count: int, stop_after: StopAfter, **options: Any) -> list[list[int]]:
         """transformers' generation, `count` times after each row of a batch without outputs.
 
@@ -121,47 +121,59 @@ class RewardModel(nn.Module):
         Returns:
             The new ids, b · count, those of a row one after the other.
         """
-        if not self.shares_prefixes:
-            images = [image for image in batch.images_of_rows() for _ in range(count)]
-            ids, mask = (part.repeat_interleave(count, 0) for part in batch.left_padded(self.collator.pad_id))
-            return self._sampled(
-                ids,
-                mask,
-                stop_after,
-                mm_token_type_ids=self._image_mask(ids),
-                image_grid_thw=batch.grids_i3[images],
-                mm_encoder_outputs={"image": self._image_features(batch, images)},
-                **options,
-            )
-        cache = DynamicCache(config=self.net.config)
-        self._run_prefixes(batch, cache)
-        deltas_u1: Tensor = self.net.model.rope_deltas
-        found: dict[int, list[list[int]]] = {}
-        lengths_b = batch.mask_bs.sum(1)
-        for length in lengths_b.unique().tolist():  # no padding may stand between prefix and output
-            rows = (lengths_b == length).nonzero()[:, 0]
-            prefixes = batch.prefix_of_row_b[rows].repeat_interleave(count)
-            own: Any = copy.deepcopy(cache)
-            own.reorder_cache(prefixes)
-            self.net.model.rope_deltas = deltas_u1[prefixes]
-            end = batch.prefix_ids_ul.shape[1] + length
-            ids, mask = (
-                part[rows, :end].repeat_interleave(count, 0) for part in (batch.joined_ids, batch.joined_mask)
-            )
-            outputs = self._sampled(ids, mask, stop_after, past_key_values=own, **options)
-            found |= {row: outputs[n * count : (n + 1) * count] for n, row in enumerate(rows.tolist())}
-        return [output for row in sorted(found) for output in found[row]]
-
-    def _sampled(self, ids: Tensor, mask: Tensor, stop_after: StopAfter, **options: Any) -> list[list[int]]:
+        ids, mask = (part.repeat_interleave(count, 0) for part in batch.left_padded(self.collator.pad_id))
+        if self.shares_prefixes:
+            before = {"past_key_values": self._states_before_answers(batch, count)}
+        else:
+            images = [
+                image
+                for prefix in batch.prefix_of_row_b.tolist()
+                for _ in range(count)
+                for image in batch.images_of_prefixes[prefix]
+            ]
+            before = {
+                "mm_token_type_ids": self._image_mask(ids),
+                "image_grid_thw": batch.grids_i3[images],
+                "mm_encoder_outputs": {"image": self._image_features(batch, images)},
+            }
         sequences: Tensor = self.net.generate(
             input_ids=ids,
             attention_mask=mask,
             pad_token_id=self.collator.pad_id,
             stopping_criteria=StoppingCriteriaList([stop_after(ids.shape[1])]),
+            **before,
             **options,
         )
         new: list[list[int]] = sequences[:, ids.shape[1] :].tolist()
         return new
+
+    def _states_before_answers(self, batch: Batch, count: int) -> StatesWithGradient:
+        """States after all but the last id of each row, `count` times, for ids padded on the left.
+
+        Questions of one length run together, since no padding may come between a prefix and its answer.
+        """
+        prefixes = StatesWithGradient(config=self.net.config)
+        self._run_prefixes(batch, prefixes)
+        deltas_u1: Tensor = self.net.model.rope_deltas
+        lengths_b = batch.mask_bs.sum(1)
+        parts, order = [], []
+        for length in lengths_b.unique().tolist():
+            rows = (lengths_b == length).nonzero()[:, 0]
+            states = prefixes.of_rows(batch.prefix_of_row_b[rows])
+            ids = batch.ids_bs[rows, : length - 1]
+            self.net.model(
+                input_ids=ids,
+                attention_mask=batch.joined_mask[rows, : batch.prefix_ids_ul.shape[1] + length - 1],
+                position_ids=batch.positions_3bs[:, rows, : length - 1],
+                past_key_values=states,
+                use_cache=True,
+                **self._chunks(ids),
+            )
+            parts.append(states)
+            order.append(rows)
+        place_of_row = torch.cat(order).argsort().repeat_interleave(count)
+        self.net.model.rope_deltas = deltas_u1[batch.prefix_of_row_b.repeat_interleave(count)]
+        return StatesWithGradient.joined(parts).of_rows(place_of_row)
 
     def _continued(self, batch: Batch) -> Tensor:
         """Hidden states [b, s, d] of the rows, each from the states of its prefix, which ran once."""

@@ -6,9 +6,10 @@ tokens whenever it scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zreward.checkpoint import Checkpoint
@@ -67,30 +68,39 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         groups = run.sample(asked, options.sampling, run.sampling_seed(step))
         rows = [row for group in groups for row in group]
         judged_nt = run_rows(teacher, teacher, rows, micro).token_log_probs_nt
-        sampled: list[RowOutputs] = []
+        sampled: list[Tensor] = []
+        figures: dict[str, float] = {}
 
-        def loss_of(out: RowOutputs, sampled: Any = sampled, judged_nt: Tensor = judged_nt) -> Tensor:
+        def loss_of(
+            out: RowOutputs, sampled: Any = sampled, judged_nt: Tensor = judged_nt, figures: Any = figures
+        ) -> Tensor:
             if not sampled:  # the first update, whose policy is the one that sampled
-                sampled.append(replace(out, token_log_probs_nt=out.token_log_probs_nt.detach()))
+                sampled.append(out.token_log_probs_nt.detach())
+                figures.update(gap_to_teacher(out, judged_nt))
             return losses.on_policy_distillation_loss(
-                out.token_log_probs_nt, sampled[0].token_log_probs_nt, judged_nt, out.mask_nt
+                out.token_log_probs_nt, sampled[0], judged_nt, out.mask_nt
             )
 
         for _ in range(options.updates):
             loss = run.backward(rows, loss_of)
             norm = run.update()
-        of_policy = sampled[0]
-        gap = (of_policy.token_log_probs_nt - judged_nt).sum() / of_policy.mask_nt.sum()
-        run.record(
-            step,
-            loss=loss,
-            gradient_norm=norm,
-            reverse_kl=gap.item(),
-            failed=1 - of_policy.valid_n.float().mean().item(),
-            tokens=of_policy.mask_nt.sum(-1).float().mean().item(),
-        )
+        run.record(step, loss=loss, gradient_norm=norm, **figures)
         run.validate(step, answers)
     return run.finish(answers)
+
+
+@torch.no_grad()
+def gap_to_teacher(out: RowOutputs, judged_nt: Tensor) -> dict[str, float]:
+    """For the log: how far the student's outputs are from what the teacher would write.
+
+    Args:
+        judged_nt: log-probabilities of the outputs' tokens under the teacher.
+    """
+    return {
+        "reverse_kl": ((out.token_log_probs_nt - judged_nt).sum() / out.mask_nt.sum()).item(),
+        "failed": 1 - out.valid_n.float().mean().item(),
+        "tokens": out.mask_nt.sum(-1).float().mean().item(),
+    }
 
 
 def _check_teacher(config: TrainConfig, options: Options) -> None:

@@ -82,7 +82,6 @@ def train(config: TrainConfig, progress: Progress = lambda *_: None) -> dict[str
         options.sampling if options.reasoning else None,
         seed=config.run.seed,
         micro_batch=config.run.micro_batch,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         progress=progress,
         server=server,
     )

@@ -1,6 +1,6 @@
 """Sampled outputs: G reasoning traces with their answers for each question.
 
-transformers' `generate` samples them: the image and the prompt of a question are encoded once per group and expanded.
+transformers' `generate` samples them, after one pass over each prompt with its image for all its questions and groups.
 A server (vLLM) can sample instead, behind the same function type (`zreward.training.rollout_server`).
 
 Randomness is seeded by run, step and process, not carried along: a run that resumes at a step samples what it would

@@ -123,15 +123,15 @@ class Batch:
         return torch.cat([self.prefix_ids_ul[self.prefix_of_row_b], self.ids_bs], dim=1)
 
     def left_padded(self, pad_id: int) -> tuple[Tensor, Tensor]:
-        """Ids and mask of each row with its prefix, all padding on the left, as generation needs them."""
+        """Ids and mask of each row with its prefix, all padding on the left, as generation needs them.
+
+        They are as wide as the longest prefix and the longest row together, so that states of the prefixes fit.
+        """
         ids, mask = self.joined_ids, self.joined_mask
-        rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
-        length = max(len(row) for row in rows)
-        padded = ids.new_full((len(rows), length), pad_id)
-        for target, row in zip(padded, rows, strict=True):
-            target[length - len(row) :] = row
-        counts = mask.sum(1, keepdim=True)
-        return padded, (torch.arange(length, device=ids.device) >= length - counts).long()
+        missing_b1 = self.ids_bs.shape[1] - self.mask_bs.sum(1, keepdim=True)
+        sources = torch.arange(ids.shape[1], device=ids.device) - missing_b1
+        moved = [part.gather(1, sources.clamp(min=0)) * (sources >= 0) for part in (ids, mask)]
+        return torch.where(moved[1].bool(), moved[0], pad_id), moved[1]
 
 
 class Collator:

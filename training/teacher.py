@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,7 +58,6 @@ def cached_distributions(
     *,
     seed: int,
     micro_batch: int,
-    device: torch.device,
     progress: Progress,
     server: Server | None = None,
 ) -> Tensor:
@@ -65,7 +65,7 @@ def cached_distributions(
 
     The distributions of `sampling.group_size` traces are averaged: the gradient of KL(mean ‖ student) is that of the
     mean KL over the traces. Without `sampling` the teacher answers without reasoning. With `server` the traces are
-    sampled there.
+    sampled there. Several processes share the parts among them, each on its own device.
 
     Raises:
         UsageError: the folder holds answers of another teacher, contract, data set or sampling.
@@ -81,17 +81,21 @@ def cached_distributions(
         "served_model": server.model if server else None,
         "seed": seed,
     }
-    _check_folder(folder, meta)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process:
+        _check_folder(folder, meta)
+    state.wait_for_everyone()
     parts = [questions[start : start + _PART] for start in range(0, len(questions), _PART)]
     model: RewardModel | None = None
     rollout: Rollout | None = None
-    for number, part in enumerate(parts):
-        path = folder / f"part-{number:06d}.safetensors"
+    own = range(state.process_index, len(parts), state.num_processes)
+    for number in own:
+        part, path = parts[number], folder / f"part-{number:06d}.safetensors"
         if not path.is_file():
             if model is None:
                 if server is not None:
                     check_served(server)
-                model = load_teacher(teacher, config, device)
+                model = load_teacher(teacher, config, state.device)
                 check_same_contract(data.contract, model.contract, teacher)
                 if server is not None:
                     rollout = server_rollout(server, Checkpoint.open(teacher), model.collator)
@@ -101,6 +105,7 @@ def cached_distributions(
             save_file({"log_probs": values.contiguous().cpu()}, partial)
             partial.replace(path)
         progress("asking the teacher", min((number + 1) * _PART, len(questions)), len(questions))
+    state.wait_for_everyone()
     return torch.cat([_read_part(folder / f"part-{n:06d}.safetensors") for n in range(len(parts))])
 
 

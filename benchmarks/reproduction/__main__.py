@@ -10,6 +10,7 @@ is finished in `--work` is not repeated, so the command can be stopped and start
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ def main() -> int:
     data = work / "data"
     parts = [options.only] if options.only else ["data", "base", "methods", "report"]
     if "data" in parts and not (data / "benchmark.json").is_file():
+        shutil.rmtree(data, ignore_errors=True)  # what an interrupted run left; benchmark.json comes last
         write_benchmark(data, settings.scenes, scale=settings.scale)
     found = base_jobs(settings, data, work) if "base" in parts else []
     if "methods" in parts:

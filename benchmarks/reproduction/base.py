@@ -25,6 +25,7 @@ from transformers import Qwen3_5ForConditionalGeneration
 
 from benchmarks.reproduction.settings import Settings, Size
 from zreward.commands.demo import REFERENCE_STUDENT
+from zreward.staging import staged_directory
 from zreward.synthetic import make_scene
 from zreward.synthetic.descriptions import describe
 from zreward.training import rewarddance
@@ -70,7 +71,9 @@ def make_base(size: Size, settings: Settings, data: Path, work: Path) -> None:
         settings.answer_steps,
         score_weight=1.0,
     )
-    shutil.copytree(answering, final)
+    with staged_directory(final, replace=False, kind="checkpoint") as staging:
+        shutil.copytree(answering, staging.path, dirs_exist_ok=True)
+        staging.commit()
 
 
 def taught(
@@ -124,12 +127,11 @@ def write_start(size: Size, directory: Path, grown_from: Path | None) -> None:
     unexpected = student.model.load_state_dict(weights, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"{unexpected[0]} has no place in a model of {size.name} size")
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    student.model.save_pretrained(partial)
-    save_tokenizer(student.tokenizer, partial)
-    student.contract.save(partial)
-    partial.rename(directory)
+    with staged_directory(directory, replace=False, kind="checkpoint") as staging:
+        student.model.save_pretrained(staging.path)
+        save_tokenizer(student.tokenizer, staging.path)
+        student.contract.save(staging.path)
+        staging.commit()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from zreward.jsonfile import write_text
+from zreward.training.folder import CONFIG_FILE
 from zreward.training.log import LOG_FILE
 
 Curve = dict[float, list[float]]
@@ -39,12 +40,12 @@ def curves(work: Path) -> dict[str, dict[str, Curve]]:
     for path in sorted(work.glob(f"seed-*/*/run/{LOG_FILE}")):
         size, method = path.parent.parent.name.split("-", 1)
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        points = [(e["step"], e["overall"]["hpa"]) for e in events if e["event"] == "validation"]
-        curve = found[size].setdefault(method, defaultdict(list))
-        for step, hpa in points:
-            if hpa is not None:
-                curve[step / points[-1][0]].append(hpa)
-    return {size: {m: c for m, c in methods.items() if c} for size, methods in found.items()}
+        total = json.loads((path.parent / CONFIG_FILE).read_text(encoding="utf-8"))["run"]["steps"]
+        for event in events:
+            if event["event"] == "validation" and event["overall"]["hpa"] is not None:
+                curve = found[size].setdefault(method, defaultdict(list))
+                curve[event["step"] / total].append(event["overall"]["hpa"])
+    return dict(found)
 
 
 def as_svg(found: dict[str, dict[str, Curve]]) -> str:

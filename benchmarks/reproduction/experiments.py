@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.reproduction.base import MAX_NEW_TOKENS, shown
+from benchmarks.reproduction.orderings import answered
 from benchmarks.reproduction.schedule import Job
 from benchmarks.reproduction.settings import STUDENT, TEACHER, Settings, Size
 from zreward.jsonfile import write_json, write_text
@@ -84,9 +85,7 @@ def experiments(settings: Settings) -> list[Experiment]:
     averaged = (1,) if settings.averaged_traces == 1 else (1, settings.averaged_traces)
     for size in (TEACHER, STUDENT):
         grpo_row = Experiment("grpo", size, "grpo", steps=settings.policy_steps, batch_size=8, rate=1e-4)
-        gdso_row = replace(
-            grpo_row, name="gdso", method="gdso", rate=3e-4, options=POLICY_WEIGHT, traces=averaged
-        )
+        gdso_row = replace(grpo_row, name="gdso", method="gdso", options=POLICY_WEIGHT, traces=averaged)
         rows += [
             gdso_row,
             grpo_row,
@@ -208,7 +207,7 @@ def judged(
                 predicted[question] = value
         failed = float(np.isnan(predicted[~np.isnan(test.scores)]).mean())
         found[f"traces_{traces}"] = {
-            "agreement": agreement(test, predicted),
+            "agreement": agreement(test, answered(predicted)),
             "failed": failed,
             "tokens": traces * output_tokens(loaded, rows, sampling, settings.micro_batch),
         }

@@ -90,19 +90,25 @@ def differences(work: Path, test: Path) -> list[Difference]:
     found: dict[str, dict[int, Credit]] = {}
     for path in sorted(work.glob("seed-*/*/predicted-1.npy")):
         seed = int(re.sub(r"\D", "", path.parent.parent.name))
-        predicted = np.load(path)[:, columns]
+        predicted = answered(np.load(path))[:, columns]
         found.setdefault(path.parent.name, {})[seed] = credit_of(predicted, labels)
     rows = [difference(claim, found) for claim in CLAIMS]
     return [row for row in rows if row is not None]
 
 
+def answered(predicted: Floats) -> Floats:
+    """Predictions [items, dimensions] in which a question without an answer stands at the mean of its dimension."""
+    known = ~np.isnan(predicted)
+    means = np.where(known, predicted, 0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
+    return np.where(known, predicted, means)
+
+
 def credit_of(predicted: Floats, labels: Labels) -> Credit:
-    """Credit of predictions [items, dimensions]; one without an answer stands at the mean of its dimension."""
-    filled = np.where(np.isnan(predicted), np.nanmean(predicted, axis=0), predicted)
+    """Credit of predictions [items, dimensions]."""
     _, prompts = np.unique([pair.prompt for pair in labels.pairs], return_inverse=True)
     right, pairs = np.zeros(prompts.max() + 1), np.zeros(prompts.max() + 1)
-    for column in range(filled.shape[1]):
-        of_dimension = hpa_per_prompt(filled[:, column], labels.scores[:, column], prompts)
+    for column in range(predicted.shape[1]):
+        of_dimension = hpa_per_prompt(predicted[:, column], labels.scores[:, column], prompts)
         right += of_dimension[0]
         pairs += of_dimension[1]
     return Credit(right, pairs)

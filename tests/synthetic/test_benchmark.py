@@ -57,6 +57,20 @@ def test_chains_belong_to_their_questions(benchmark: Path) -> None:
         assert [chain.question for chain in chains] == sorted([*own, *others])
 
 
+def test_alignment_is_described_under_each_prompt(benchmark: Path) -> None:
+    """The counts at the end of a chain are the errors that the truth has for the line's own prompt."""
+    truths = [json.loads(line) for line in (benchmark / "pretrain" / "truth.jsonl").open(encoding="utf-8")]
+    data = load_training_set(benchmark / "pretrain", CONTRACT, "optional")
+    chains = [
+        c for c in load_chains(benchmark / "pretrain" / "chains.jsonl", data) if c.question.dimension == 0
+    ]
+    assert len(chains) == len(data)
+    for chain in chains:
+        errors = truths[chain.question.item]["alignment_errors"]
+        told = [int(word) for word in chain.text.split() if word.isdigit()]
+        assert told == [min(3, errors[kind]) for kind in ("attributes", "missing", "extra", "relation")]
+
+
 def test_an_image_stands_under_other_prompts_too(benchmark: Path) -> None:
     data = load_training_set(benchmark / "pretrain", CONTRACT, "optional")
     prompts = [{item.prompt for item in data.items[start : start + 4]} for start in range(0, len(data), 4)]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zreward.synthetic import DIMENSIONS, SceneConfig, make_scene
+from zreward.synthetic.config import MAX_OBJECTS
 from zreward.synthetic.descriptions import LEVELS, WORDS, describe, rationalize
 from zreward.synthetic.language import PromptSpec
 from zreward.synthetic.truth import BEST, DEFECTS_OF, PENALTY, WORST, AlignmentErrors, alignment_cost
@@ -66,3 +67,14 @@ def test_reasons_fit_the_score_and_not_the_picture(dimension: str) -> None:
         assert len(found) == 1
         assert abs(found.pop() - score) <= 0.5
         assert len(texts) > 1 or score > 1.0
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 2.0, 3.0, 4.0]))
+def test_reasons_could_be_true_of_some_picture(index: int, score: float) -> None:
+    """At most three objects are drawn, and a relation is wrong only where the prompt asks for one."""
+    spec = make_scene(CONFIG, 3, index, candidates=1).spec
+    text = rationalize(np.random.default_rng(index), "alignment", score, spec)
+    drawn = text.split(" asked ")[0]
+    assert drawn == "nothing" or len(drawn.split(" and ")) <= MAX_OBJECTS
+    assert spec.relation or text.endswith("0 relation")

@@ -113,3 +113,24 @@ def test_a_sharded_model_samples_and_learns(reasoner: Path, scenes: Path, tmp_pa
     train("gdso", config, 2)
     assert len(logged(tmp_path / "run", "step", "loss")) == 2
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_processes_share_the_questions_to_a_teacher(
+    reference_student: Path, reasoner: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """What two of them ask is what one asks: the answers' seeds belong to their parts."""
+    sampling = "[method.sampling]\ngroup_size = 1\nmax_new_tokens = 12"
+    for processes in (1, 2):
+        config = tmp_path / f"{processes}.toml"
+        method = f'teacher = "{reasoner}"\n{sampling}'
+        text = config_text(
+            reference_student, scenes, tmp_path / f"run-{processes}", steps=1, batch_size=2, method=method
+        )
+        config.write_text(text, encoding="utf-8")
+        train("risd", config, processes)
+    one, two = (sorted((tmp_path / f"run-{n}" / "teacher").glob("part-*.safetensors")) for n in (1, 2))
+    assert [path.name for path in one] == [path.name for path in two]
+    assert len(one) > 1
+    for ours, theirs in zip(one, two, strict=True):
+        torch.testing.assert_close(load_file(theirs), load_file(ours), equal_nan=True)

@@ -18,7 +18,7 @@ from benchmarks.reproduction.__main__ import base_jobs
 from benchmarks.reproduction.base import write_start
 from benchmarks.reproduction.curves import as_svg, curves, write_curves
 from benchmarks.reproduction.experiments import experiments, first_lines, jobs
-from benchmarks.reproduction.orderings import differences
+from benchmarks.reproduction.orderings import answered, differences
 from benchmarks.reproduction.report import write_report
 from benchmarks.reproduction.settings import STUDENT, TEACHER, settings_for
 from zreward.commands.demo import REFERENCE_STUDENT
@@ -46,7 +46,7 @@ class TestExperiments:
         needs = {job.name: job.needs for job in base_jobs(SETTINGS, tmp_path, tmp_path)}
         assert needs == {"base student": set(), "base teacher": {"base student"}}
 
-    def test_every_field_of_the_settings_is_used_at_its_size(self) -> None:
+    def test_steps_are_those_of_the_settings(self) -> None:
         doubled = dataclasses.replace(SETTINGS, sft_steps=7, policy_steps=8, opd_steps=9, risd_steps=10)
         steps = {(row.size.name, row.name): row.steps for row in experiments(doubled)}
         assert steps["student", "sft"] == 7
@@ -138,9 +138,11 @@ def test_orderings_have_the_claims_whose_rows_are_there(judged: Path) -> None:
     assert found["student-sft"].holds is True
 
 
-def test_an_answer_that_failed_counts_as_undecided(judged: Path) -> None:
+def test_an_answer_that_failed_stands_at_the_mean_of_its_dimension(judged: Path) -> None:
     of_silent = next(r for r in differences(judged, judged / "test.jsonl") if r.claim.worse == "student-gdso")
     assert of_silent.worse == 0.5
+    known = answered(np.array([[1.0, np.nan], [np.nan, np.nan], [4.0, np.nan]]))
+    np.testing.assert_array_equal(known, [[1.0, 0.0], [2.5, 0.0], [4.0, 0.0]])
 
 
 def test_a_difference_is_open_while_its_interval_has_0(judged: Path) -> None:
@@ -165,6 +167,7 @@ class TestCurves:
                     {"event": "validation", "step": step, "overall": {"hpa": hpa + lift}}
                     for step, hpa in zip((50, 100), values, strict=True)
                 ]
+                (run / "run.json").write_text('{"run": {"steps": 200}}', encoding="utf-8")
                 (run / "log.jsonl").write_text(
                     "".join(json.dumps(e) + "\n" for e in events), encoding="utf-8"
                 )
@@ -172,7 +175,7 @@ class TestCurves:
 
     def test_points_of_all_seeds_by_share_of_the_run(self, runs: Path) -> None:
         found = curves(runs)
-        assert found["teacher"] == {"gdso": {0.5: [0.75, 0.8125], 1.0: [0.875, 0.9375]}}
+        assert found["teacher"] == {"gdso": {0.25: [0.75, 0.8125], 0.5: [0.875, 0.9375]}}
         assert found["student"].keys() == {"risd"}
 
     def test_the_picture_names_every_curve(self, runs: Path) -> None:
@@ -182,6 +185,12 @@ class TestCurves:
         assert {"gdso", "risd", "100%", "0.74", "0.94"} <= set(words)
         circles = [element for element in picture.iter() if element.tag.endswith("circle")]
         assert len(circles) == 8
+
+    def test_runs_that_were_not_validated_yet_have_none(self, runs: Path) -> None:
+        for log in runs.glob("seed-*/*/run/log.jsonl"):
+            log.write_text('{"event": "start", "step": 0}\n', encoding="utf-8")
+        write_curves(runs, runs / "curves.svg")
+        assert not (runs / "curves.svg").exists()
 
     def test_names_do_not_overlap(self) -> None:
         found = {"student": {name: {1.0: [0.8]} for name in ("sft", "grpo", "gdso", "opd", "risd")}}

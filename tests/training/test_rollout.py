@@ -52,13 +52,20 @@ def test_the_same_seed_gives_the_same_samples(model: RewardModel, questions: lis
     assert first != other
 
 
-def test_nearly_cold_samples_are_the_likeliest_tokens(model: RewardModel, questions: list[Row]) -> None:
+@pytest.mark.parametrize("shares_prefixes", [True, False])
+def test_nearly_cold_samples_are_the_likeliest_tokens(
+    model: RewardModel, questions: list[Row], shares_prefixes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every token of such an output is the argmax of a full forward pass: image, positions and padding agree.
 
-    Two of the questions are of one image, and others have other lengths.
+    Prompts and questions have several lengths, and some questions are of one image.
     """
-    asked = [*questions, replace(questions[0], dimension=3)]
-    groups = sample_outputs(model, asked, Sampling(2, 12, 1e-4), 0, micro_batch=8)
+    monkeypatch.setattr(model, "shares_prefixes", shares_prefixes)
+    longer = [
+        replace(row, hint=" Look closely.") for row in (questions[2], replace(questions[0], dimension=3))
+    ]
+    asked = [questions[0], longer[0], questions[1], longer[1], questions[2]]
+    groups = sample_outputs(model, asked, Sampling(2, 12, 1e-4), 0, micro_batch=16)
     assert [replace(row, output=None) for group in groups for row in group[1:]] == asked
     rows = [row for group in groups for row in group]
     allowed = torch.ones(model.net.config.get_text_config().vocab_size, dtype=torch.bool)

@@ -204,10 +204,9 @@ def test_sampling_is_real_and_seeded(
 
     plain = RewardModel.generate
 
-    def eager(self: RewardModel, batch: Any, **options: Any) -> Any:
-        return plain(
-            self, batch, sequence_bias={(self.collator.encoder.end_of_reasoning_id,): 8.0}, **options
-        )
+    def eager(self: RewardModel, *arguments: Any, **options: Any) -> Any:
+        bias = {(self.collator.encoder.end_of_reasoning_id,): 8.0}
+        return plain(self, *arguments, sequence_bias=bias, **options)
 
     monkeypatch.setattr(RewardModel, "generate", eager)
     runs = [

@@ -16,6 +16,8 @@ from zreward.errors import UsageError
 
 DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 MIN_SIZE, MAX_SIZE = 48, 480
+MAX_OBJECTS = 3
+"""The most that fit into a picture."""
 
 GENERATOR_VERSION = 1
 """Raised whenever equal seeds and configs give other pictures or scores than before."""
@@ -54,7 +56,7 @@ class SceneConfig:
 
     def __post_init__(self) -> None:
         _check("size", self.size, MIN_SIZE, MAX_SIZE, integer=True)
-        _check("max_objects", self.max_objects, 1, 3, integer=True)
+        _check("max_objects", self.max_objects, 1, MAX_OBJECTS, integer=True)
         _check("object_scale", self.object_scale, 0.4, 1.2)
         _check("defect_contrast", self.defect_contrast, 0.0, 2.0)
         _check("defect_rate", self.defect_rate, 0.0, 1.0)

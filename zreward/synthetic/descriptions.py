@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from zreward.synthetic.config import DIMENSIONS
+from zreward.synthetic.config import DIMENSIONS, MAX_OBJECTS
 from zreward.synthetic.language import COLOURS, SHAPES, Group, PromptSpec
 from zreward.synthetic.scenes import Candidate
 from zreward.synthetic.truth import (
@@ -79,9 +79,9 @@ def rationalize(rng: np.random.Generator, dimension: str, score: float, spec: Pr
     errors = [
         AlignmentErrors(*counts)
         for counts in itertools.product(
-            range(spec.n_objects + 1), range(spec.n_objects + 1), range(3), range(2)
+            range(spec.n_objects + 1), range(spec.n_objects + 1), range(3), range(2 if spec.relation else 1)
         )
-        if counts[0] + counts[1] <= spec.n_objects
+        if counts[0] + counts[1] <= spec.n_objects and spec.n_objects - counts[1] + counts[2] <= MAX_OBJECTS
     ]
     chosen = errors[_nearest(rng, [alignment_cost(spec, error) for error in errors], score)]
     asked = [group for group in spec.groups for _ in range(group.count)]
