@@ -122,6 +122,7 @@ class RewardModel(nn.Module):
             The new ids, b · count, those of a row one after the other.
         """
         ids, mask = (part.repeat_interleave(count, 0) for part in batch.left_padded(self.collator.pad_id))
+        before: dict[str, Any]
         if self.shares_prefixes:
             before = {"past_key_values": self._states_before_answers(batch, count)}
         else:

@@ -60,8 +60,8 @@ def _padded(states_bhtd: Tensor, length: int) -> Tensor:
 
 def _rows(cache: DynamicCache) -> int:
     layer: Any = cache.layers[0]
-    first: Tensor = layer.conv_states[0] if isinstance(layer, LinearAttentionLayer) else layer.keys
-    return len(first)
+    states: Any = layer.conv_states[0] if isinstance(layer, LinearAttentionLayer) else layer.keys
+    return len(states)
 
 
 class _ReplacedStates(LinearAttentionLayer):
