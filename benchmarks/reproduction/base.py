@@ -3,16 +3,18 @@
 They stand for the pretrained models that the paper starts from. Their vision tower is that of the shipped reference
 student, and stays as it is. The language model is new:
 
-1. it learns to describe scenes in the four dimensions, by `zreward train rewarddance` on the chains of the split
+1. it learns to read pictures (`reading.py`), without scores;
+2. it learns to describe scenes in the four dimensions, by `zreward train rewarddance` on the chains of the split
    `pretrain`, which has no labels. The teacher's goes on from the student's, with more layers on top that change
    nothing at first;
-2. a cold start: it learns to end a description with a score, on a few scenes that careless annotators judged (the split
+3. a cold start: it learns to end a description with a score, on a few scenes that careless annotators judged (the split
    `opinions`). This is the form of an answer and hardly a judgement.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3_5ForConditionalGeneration
 
+from benchmarks.reproduction.reading import learn_to_read
 from benchmarks.reproduction.settings import Settings, Size
 from zreward.commands.demo import REFERENCE_STUDENT
 from zreward.staging import staged_directory
@@ -51,8 +54,13 @@ def make_base(size: Size, settings: Settings, data: Path, work: Path) -> None:
         return
     start = work / f"blank-{size.name}"
     if not start.is_dir():
-        grown_from = work / f"describe-{size.grown_from}" / "model" if size.grown_from else None
-        write_start(size, start, grown_from)
+        recipe = recipe_of(size, settings)
+        if size.grown_from:
+            student = grown(recipe, work / f"describe-{size.grown_from}" / "model")
+        else:
+            student = with_trained_tower(recipe)
+            learn_to_read(student, recipe, settings.read_steps, work / f"read-{size.name}")
+        save_start(student, start)
     described = taught(
         f"describe-{size.name}",
         start,
@@ -109,29 +117,41 @@ def taught(
     return run / "model"
 
 
-def write_start(size: Size, directory: Path, grown_from: Path | None) -> None:
-    """A checkpoint with a trained tower and, without `grown_from`, an untrained language model.
-
-    Args:
-        grown_from: a checkpoint with fewer layers, to which the new ones are added.
-    """
-    recipe = recipe_of(size)
+def with_trained_tower(recipe: Recipe) -> Student:
+    """The shipped reference student's tower and a language model that knows nothing."""
     student = Student(recipe, description_texts(recipe))
-    if grown_from is None:
-        weights = {
-            k: v for k, v in load_file(REFERENCE_STUDENT / "model.safetensors").items() if ".visual." in k
-        }
-    else:
-        weights = load_file(grown_from / "model.safetensors")
-        pass_on_at_first(student.model, weights)
-    unexpected = student.model.load_state_dict(weights, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"{unexpected[0]} has no place in a model of {size.name} size")
+    weights = load_file(REFERENCE_STUDENT / "model.safetensors")
+    load_weights(student.model, {name: value for name, value in weights.items() if ".visual." in name})
+    return student
+
+
+def grown(recipe: Recipe, start: Path) -> Student:
+    """A checkpoint with more layers on top, which change nothing until they learn."""
+    student = Student(recipe, description_texts(recipe))
+    known = load_file(start / "model.safetensors")
+    pass_on_at_first(student.model, known)
+    load_weights(student.model, known)
+    return student
+
+
+def save_start(student: Student, directory: Path) -> None:
     with staged_directory(directory, replace=False, kind="checkpoint") as staging:
         student.model.save_pretrained(staging.path)
         save_tokenizer(student.tokenizer, staging.path)
         student.contract.save(staging.path)
         staging.commit()
+
+
+def load_weights(model: Qwen3_5ForConditionalGeneration, weights: dict[str, Tensor]) -> None:
+    """Set some of a model's weights.
+
+    Raises:
+        ValueError: the model has no such weight.
+    """
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unexpected:
+        layers = model.config.text_config.num_hidden_layers
+        raise ValueError(f"{unexpected[0]} has no place in a model of {layers} layers")
 
 
 @torch.no_grad()
@@ -142,8 +162,10 @@ def pass_on_at_first(model: Qwen3_5ForConditionalGeneration, known: dict[str, Te
             parameter.zero_()
 
 
-def recipe_of(size: Size) -> Recipe:
-    return Recipe(shape=dataclasses.replace(StudentShape(), layers=size.layers))
+def recipe_of(size: Size, settings: Settings) -> Recipe:
+    """Of the first lessons, which one process gives before there is anything else to do, so on all cores."""
+    shape = dataclasses.replace(StudentShape(), layers=size.layers)
+    return Recipe(shape=shape, scenes=settings.scenes, threads=os.cpu_count() or 1)
 
 
 def description_texts(recipe: Recipe) -> Iterator[str]:

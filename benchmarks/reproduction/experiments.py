@@ -1,7 +1,7 @@
 """The rows of the tables: which method starts from what, learns from what, and how it answers.
 
 Teacher size: zero-shot, SFT, RewardDance, GRPO, GDSO. Student size: the same, and OPD and RISD with the GDSO teacher of
-the same seed. Ablation: GRPO with the reward of the parsed answer instead of the expectation.
+the same seed. Ablation, at student size: GRPO with the reward of the parsed answer instead of the expectation.
 
 All start from the base model of their size (`base.py`), whose answers after a description are the zero-shot row.
 """
@@ -93,11 +93,10 @@ def experiments(settings: Settings) -> list[Experiment]:
             Experiment("sft", size, "sft", steps=settings.sft_steps, batch_size=16, reasons=False),
             Experiment("rewarddance", size, "rewarddance", steps=settings.sft_steps, batch_size=8),
         ]
-        if size is TEACHER:
-            rows.append(replace(grpo_row, name="grpo-parsed", options=(("reward_from", "parsed"),)))
     distilled = {"size": STUDENT, "data": "unlabelled", "batch_size": 16}
     return [
         *rows,
+        replace(grpo_row, name="grpo-parsed", options=(("reward_from", "parsed"),)),
         Experiment("risd", method="risd", steps=settings.risd_steps, reasons=False, **distilled),
         Experiment("opd", method="opd", steps=settings.opd_steps, rate=3e-4, **distilled),
     ]

@@ -37,7 +37,8 @@ class Settings:
         scale: of the benchmark's splits.
         scenes: their difficulty.
         seeds: of the methods; base models and data are the same for all.
-        describe_steps: by size, and `answer_steps`: of the two stages of a base model.
+        read_steps: of the first lesson of a base model, 32 images each.
+        describe_steps: by size, and `answer_steps`: of the lessons after it.
         describe_batch: images in a batch of these.
         sft_steps: of SFT and RewardDance.
         policy_steps: of GRPO and GDSO.
@@ -53,6 +54,7 @@ class Settings:
     scale: float = 1.0
     scenes: SceneConfig = field(default_factory=SceneConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
+    read_steps: int = 4_000
     describe_steps: dict[str, int] = field(default_factory=lambda: {"student": 6_000, "teacher": 3_000})
     answer_steps: int = 100
     describe_batch: int = 64
@@ -76,7 +78,8 @@ def settings_for(device: torch.device) -> Settings:
         return Settings()
     return Settings(
         scenes=SceneConfig(max_objects=2),
-        describe_steps={"student": 1_200, "teacher": 400},
+        read_steps=1_600,
+        describe_steps={"student": 500, "teacher": 300},
         describe_batch=16,
         sft_steps=120,
         policy_steps=80,

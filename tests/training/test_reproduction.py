@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from transformers import Qwen3_5ForConditionalGeneration
 
 from benchmarks.reproduction.__main__ import base_jobs
-from benchmarks.reproduction.base import write_start
+from benchmarks.reproduction.base import grown, recipe_of, save_start, with_trained_tower
 from benchmarks.reproduction.curves import as_svg, curves, write_curves
 from benchmarks.reproduction.experiments import experiments, first_lines, jobs
 from benchmarks.reproduction.orderings import answered, differences
+from benchmarks.reproduction.reading import learn_to_read
 from benchmarks.reproduction.report import write_report
 from benchmarks.reproduction.settings import STUDENT, TEACHER, settings_for
 from zreward.commands.demo import REFERENCE_STUDENT
@@ -56,9 +57,11 @@ class TestExperiments:
 
 
 class TestBase:
+    SMALL, LARGE = (recipe_of(size, SETTINGS) for size in (STUDENT, TEACHER))
+
     def test_a_grown_model_begins_as_the_smaller_one(self, tmp_path: Path) -> None:
-        write_start(STUDENT, tmp_path / "small", None)
-        write_start(TEACHER, tmp_path / "large", tmp_path / "small")
+        save_start(with_trained_tower(self.SMALL), tmp_path / "small")
+        save_start(grown(self.LARGE, tmp_path / "small"), tmp_path / "large")
         prompt = PromptEncoder(ScoreContract.load(tmp_path / "small"), load_tokenizer(tmp_path / "small"))
         ids = torch.from_numpy(prompt.text_prefix_ids("a red ball"))[None]
         small, large = (
@@ -68,18 +71,22 @@ class TestBase:
         with torch.no_grad():
             torch.testing.assert_close(large(input_ids=ids).logits, small(input_ids=ids).logits)
 
-    def test_the_tower_is_the_shipped_students(self, tmp_path: Path) -> None:
-        write_start(STUDENT, tmp_path / "small", None)
-        shipped, own = (load_file(d / "model.safetensors") for d in (REFERENCE_STUDENT, tmp_path / "small"))
-        visual = [name for name in shipped if ".visual." in name]
-        assert len(visual) > 50
-        assert all(own[name].equal(shipped[name].to(own[name].dtype)) for name in visual)
-
     def test_weights_of_more_layers_are_refused(self, tmp_path: Path) -> None:
-        write_start(TEACHER, tmp_path / "large", None)
-        with pytest.raises(ValueError, match="no place in a model of student size"):
-            write_start(STUDENT, tmp_path / "small", tmp_path / "large")
-        assert not (tmp_path / "small").exists()
+        save_start(with_trained_tower(self.LARGE), tmp_path / "large")
+        with pytest.raises(ValueError, match="no place in a model of 4 layers"):
+            grown(self.SMALL, tmp_path / "large")
+
+    def test_reading_teaches_the_language_model_and_leaves_the_shipped_tower(self, tmp_path: Path) -> None:
+        student = with_trained_tower(self.SMALL)
+        before = {name: value.clone() for name, value in student.model.state_dict().items()}
+        learn_to_read(student, self.SMALL, 8, tmp_path, n_prompts=60)
+        shipped = load_file(REFERENCE_STUDENT / "model.safetensors")
+        visual = {name for name in shipped if ".visual." in name}
+        assert len(visual) > 50
+        after = student.model.state_dict()
+        assert all(after[name].equal(shipped[name].to(after[name].dtype)) for name in visual)
+        changed = {name for name, value in after.items() if not value.equal(before[name])}
+        assert len(changed) > 50
 
 
 def test_the_first_lines_of_a_split(tmp_path: Path) -> None:
