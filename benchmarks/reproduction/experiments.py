@@ -96,7 +96,7 @@ def experiments(settings: Settings) -> list[Experiment]:
     distilled = {"size": STUDENT, "data": "unlabelled", "batch_size": 16}
     return [
         *rows,
-        replace(grpo_row, name="grpo-parsed", options=(("reward_from", "parsed"),)),
+        replace(grpo_row, size=STUDENT, name="grpo-parsed", options=(("reward_from", "parsed"),)),
         Experiment("risd", method="risd", steps=settings.risd_steps, reasons=False, **distilled),
         Experiment("opd", method="opd", steps=settings.opd_steps, rate=3e-4, **distilled),
     ]

@@ -63,7 +63,7 @@ class Split:
 SPLITS = {
     "pretrain": Split(11_000, 4_000, 4, False, "descriptions", other_prompts=3),
     "opinions": Split(18_000, 200, 4, True, "descriptions", _CARELESS),
-    "train": Split(12_000, 150, 4, True, "reasons", _CROWD),
+    "train": Split(12_000, 15, 4, True, "reasons", _CROWD),
     "unlabelled": Split(13_000, 2_000, 3, False),
     "validation": Split(14_000, 60, 6, True, None, _EXPERTS),
     "test": Split(15_000, 300, 6, True, None, _EXPERTS),
