@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from zreward.jsonfile import write_text
+from zreward.training.reference_recipe import Recipe
 
 _CARD = """\
 # Reference student
 
-A small visual reward model of the Qwen3.5 architecture ({millions:.2f} M parameters, bfloat16), trained from
-scratch by this project on its own synthetic scenes (`docs/synthetic.md`). It exists so that export,
+A small visual reward model of the Qwen3.5 architecture ({millions:.2f} M parameters, bfloat16), trained
+by this project on its own synthetic scenes (`docs/synthetic.md`). It exists so that export,
 quantization, runtime, demo and tests have a real trained checkpoint to work on. It knows drawn balls,
 cubes, cones and cylinders in a room and nothing else: do not use its scores on photographs or on the
 output of image generators.
@@ -21,8 +22,7 @@ Made by
 
     {command}
 
-The scene splits have separate seeds: training {train}, validation {validation}, test {test}.
-`training_log.jsonl` has the whole recipe, the library versions, the loss curve and the validation figures.
+{history}
 
 ## Held-out figures
 
@@ -38,25 +38,23 @@ One temperature per dimension was fitted on the validation split and is part of 
 """
 
 
-def write_card(
-    out: Path, recipe: Any, result: Mapping[str, Any], command: str, seeds: Mapping[str, int]
-) -> None:
+def write_card(out: Path, recipe: Recipe, result: Mapping[str, Any], command: str, history: str) -> None:
     """Write `README.md` beside the weights.
 
     Args:
-        recipe: the run's `Recipe`.
-        result: what `train` returns.
-        seeds: of the splits "train", "validation" and "test".
+        recipe: which has the held-out splits.
+        result: figures of the run.
+        history: how the student came to be, a paragraph.
     """
     temperatures = ", ".join(f"{name} {value:g}" for name, value in result["temperatures"].items())
     text = _CARD.format(
         millions=result["parameters"] / 1e6,
         command=command,
+        history=history,
         prompts=recipe.test_prompts,
         candidates=recipe.candidates,
         rows=figure_rows(result["test"], result["test_label_noise_ceiling"]),
         temperatures=temperatures,
-        **seeds,
     )
     write_text(out / "README.md", text)
 

@@ -171,6 +171,12 @@ class RunLog:
         }
         self._write({"event": "start", "command": command, "versions": versions, **_plain(recipe)})
 
+    def stage(self, name: str, log: Path) -> None:
+        """Take over the events of a run of `zreward train`, which then say what stage they are of."""
+        for line in log.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            self._write({"event": event.pop("event"), "stage": name, **_rounded(event)})
+
     def note(self, text: str) -> None:
         self._write({"event": "note", "text": text}, text)
 

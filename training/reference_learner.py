@@ -197,12 +197,7 @@ def save_student(
     student: Student, out: Path, logits: NDArray[np.float64], validation: SceneArrays
 ) -> ScoreContract:
     """Write the checkpoint directory; returns its contract with temperatures fitted on `logits`."""
-    temperatures = fit_temperatures(logits, validation, student.contract)
-    dimensions = tuple(
-        dataclasses.replace(dimension, temperature=temperature)
-        for dimension, temperature in zip(student.contract.dimensions, temperatures, strict=True)
-    )
-    contract = dataclasses.replace(student.contract, dimensions=dimensions)
+    contract = student.contract.with_temperatures(fit_temperatures(logits, validation, student.contract))
     rounded = Qwen3_5ForConditionalGeneration(student.model.config)
     rounded.load_state_dict(student.model.state_dict())
     rounded.bfloat16().save_pretrained(out)

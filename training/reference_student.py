@@ -141,8 +141,7 @@ def train(recipe: Recipe, out: Path, work: Path, command: str = "") -> dict[str,
         "parameters": sum(p.numel() for p in student.model.parameters()),
     }
     log.finish(result)
-    seeds = {"train": TRAIN_SEED, "validation": VALIDATION_SEED, "test": TEST_SEED}
-    write_card(out, recipe, result, command, {name: seed + recipe.seed for name, seed in seeds.items()})
+    write_card(out, recipe, result, command, _history(recipe))
     return result
 
 
@@ -169,6 +168,14 @@ def split(
     np.savez(partial, **{f.name: getattr(data, f.name) for f in dataclasses.fields(data)})
     partial.replace(path)
     return data
+
+
+def _history(recipe: Recipe) -> str:
+    train, validation, test = (recipe.seed + offset for offset in (TRAIN_SEED, VALIDATION_SEED, TEST_SEED))
+    return (
+        f"The scene splits have separate seeds: training {train}, validation {validation}, test {test}.\n"
+        "`training_log.jsonl` has the whole recipe, the library versions, the loss curve and the validation figures."
+    )
 
 
 def all_targets(contract: ScoreContract, data: SceneArrays) -> Tensor:

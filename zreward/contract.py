@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -228,6 +228,20 @@ class ScoreContract:
     @property
     def temperatures(self) -> tuple[float, ...]:
         return tuple(dimension.temperature for dimension in self.dimensions)
+
+    def with_temperatures(self, values: Sequence[float]) -> ScoreContract:
+        """The same contract with one temperature per dimension, in order.
+
+        Raises:
+            ContractError: their number is another one, or one is not a positive number.
+        """
+        if len(values) != len(self.dimensions):
+            raise ContractError(f"{len(values)} temperatures for {len(self.dimensions)} dimensions")
+        dimensions = tuple(
+            dataclasses.replace(dimension, temperature=value)
+            for dimension, value in zip(self.dimensions, values, strict=True)
+        )
+        return dataclasses.replace(self, dimensions=dimensions)
 
     @property
     def system_text(self) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.reproduction.base import MAX_NEW_TOKENS, shown
 from benchmarks.reproduction.orderings import answered
 from benchmarks.reproduction.schedule import Job
 from benchmarks.reproduction.settings import STUDENT, TEACHER, Settings, Size
@@ -27,6 +26,7 @@ from zreward.training import gdso, grpo, opd, rewarddance, risd, sft
 from zreward.training.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from zreward.training.data import load_training_set
 from zreward.training.model import RewardModel, freeze, load_model
+from zreward.training.reference_teacher import MAX_NEW_TOKENS, shown
 from zreward.training.rollout import Sampling, sample_outputs
 from zreward.training.sequences import Row
 from zreward.training.teacher import distributions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
@@ -20,7 +22,10 @@ from zreward.image import preprocess
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.reference import ReferenceModel
 from zreward.synthetic import SceneConfig, make_scene
+from zreward.synthetic.benchmark import Split
 from zreward.training.reference_data import MAX_DRAWN, NO_OBJECT, SceneArrays, build_arrays, length_batches
+from zreward.training.reference_distill import Distillation, Learning, distil
+from zreward.training.reference_distill import main as distil_command
 from zreward.training.reference_evaluate import served_logits
 from zreward.training.reference_forward import delta_rule, patches_from_images
 from zreward.training.reference_learner import Student
@@ -29,6 +34,7 @@ from zreward.training.reference_model import PATCH, SPECIAL_TOKENS, THINK_TOKENS
 from zreward.training.reference_optimize import rate_factor
 from zreward.training.reference_recipe import Recipe, Stage
 from zreward.training.reference_student import main, train
+from zreward.training.reference_teacher import Lesson
 
 SHAPE = StudentShape(
     hidden=64,
@@ -149,6 +155,74 @@ def test_the_serving_form_equals_transformers_full_passes(run: Path) -> None:
             ids = torch.from_numpy(student.encoder.text_prefix_ids(str(data.prompts[row, 0])))[None]
             answers = student.form(ids, student.features(data.images[row : row + 1]))
             assert np.allclose(answers.logits_bqk[0].numpy(), served[row], atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def distilled(run: Path) -> Path:
+    """The student of `run` after a miniature of the distillation."""
+    lesson = Lesson(steps=40, batch=8, rate=3e-3, score_weight=0.0)
+    plan = Distillation(
+        RECIPE,
+        teacher_layers=5,
+        described=Split(1, 16, 2, False, "descriptions", other_prompts=1),
+        described_on=Split(2, 16, 2, False, "descriptions"),
+        labelled=Split(3, 16, 2, True, "descriptions"),
+        unlabelled=Split(4, 16, 2, False),
+        watched=Split(5, 2, 2, True),
+        describe=lesson,
+        describe_on=dataclasses.replace(lesson, steps=4),
+        answer=dataclasses.replace(lesson, score_weight=1.0),
+        judge=Learning(steps=2, batch=2, rate=1e-4),
+        group_size=2,
+        distil=Learning(steps=40, batch=8, rate=1e-3),
+        traces=2,
+    )
+    distil(plan, run / "out", run / "distilled", run / "stages", "this command")
+    return run
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_teacher_of_more_layers(distilled: Path) -> None:
+    log = (distilled / "distilled" / "training_log.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in log]
+    assert events[0]["command"] == "this command" and events[0]["recipe"]["teacher_layers"] == 5
+    parameters = {e["stage"]: e["parameters"]["all"] for e in events[1:] if e["event"] == "start"}
+    assert list(parameters) == ["describe", "describe-on", "answer", "judge", "distil"]
+    assert parameters["describe-on"] == parameters["judge"] > parameters["describe"] > parameters["distil"]
+    losses = [e["loss"] for e in events if e["event"] == "step" and e["stage"] == "distil"]
+    assert losses[-1] < losses[0]
+    validated = {e["stage"] for e in events if e["event"] == "validation"}
+    assert validated == {"judge", "distil"}
+
+
+@pytest.mark.slow
+def test_the_distilled_student_has_the_form_of_the_first(distilled: Path) -> None:
+    first, second = (load_file(distilled / name / "model.safetensors") for name in ("out", "distilled"))
+    assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
+        k: (v.shape, v.dtype) for k, v in second.items()
+    }
+    changed = {name for name in first if not first[name].equal(second[name])}
+    assert changed and not any(".visual." in name for name in changed)
+    for name in ("tokenizer.json", "config.json"):
+        assert (distilled / "out" / name).read_bytes() == (distilled / "distilled" / name).read_bytes()
+    result = json.loads((distilled / "distilled" / "training_log.jsonl").read_text().splitlines()[-1])
+    card = (distilled / "distilled" / "README.md").read_text()
+    assert f"| overall | {result['test']['overall']['hpa']:.4f}" in card
+    assert f"an HPA of {result['test_of_first']['overall']['hpa']:.4f}" in card
+    assert (distilled / "distilled" / "first_training_log.jsonl").read_bytes() == (
+        distilled / "out" / "training_log.jsonl"
+    ).read_bytes()
+
+
+def test_a_first_student_without_a_log_is_refused(
+    reference_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(reference_student, first)
+    (first / "training_log.jsonl").unlink()
+    assert distil_command(["--first", str(first), "--out", str(tmp_path / "out")]) == 2
+    assert "has no training_log.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def split_of(run: Path, offset: str) -> SceneArrays:

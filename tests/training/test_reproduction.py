@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3_5ForConditionalGeneration
 
 from benchmarks.reproduction.__main__ import base_jobs
-from benchmarks.reproduction.base import grown, recipe_of, save_start, with_trained_tower
+from benchmarks.reproduction.base import recipe_of, with_trained_tower
 from benchmarks.reproduction.curves import as_svg, curves, write_curves
 from benchmarks.reproduction.experiments import experiments, first_lines, jobs
 from benchmarks.reproduction.orderings import answered, differences
@@ -26,6 +26,7 @@ from zreward.commands.demo import REFERENCE_STUDENT
 from zreward.contract import ScoreContract
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.synthetic import DIMENSIONS
+from zreward.training.reference_teacher import grown, save_start
 
 SETTINGS = settings_for(torch.device("cpu"))
 

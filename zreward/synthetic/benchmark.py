@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from zreward.errors import UsageError
-from zreward.jsonfile import write_json
+from zreward.jsonfile import write_json, write_text
 from zreward.progress import Progress
 from zreward.synthetic.config import DIMENSIONS, GENERATOR_VERSION, SceneConfig
 from zreward.synthetic.dataset import SCENES_FILE, lines_of, write_dataset
@@ -107,24 +107,32 @@ def write_benchmark(
         scaled = dataclasses.replace(
             split, seed=split.seed + seed, prompts=max(2, round(scale * split.prompts))
         )
-        of_split = SceneConfig(**{**config.to_dict(), **split.panel})
-        folder = directory / name
-        write_dataset(
-            folder,
-            of_split,
-            scaled.seed,
-            scaled.prompts,
-            scaled.candidates,
-            labelled=scaled.labelled,
-            other_prompts=scaled.other_prompts,
-        )
-        if scaled.chains:
-            lines = "".join(json.dumps(line) + "\n" for line in _chains(scaled, of_split))
-            (folder / CHAINS_FILE).write_text(lines, encoding="utf-8")
+        of_split = write_split(directory / name, scaled, config)
         record["splits"][name] = {**dataclasses.asdict(scaled), "config": of_split.to_dict()}
     write_json(directory / BENCHMARK_FILE, record)
     progress("drawing", len(SPLITS), len(SPLITS))
     return directory / "train" / SCENES_FILE
+
+
+def write_split(folder: Path, split: Split, scenes: SceneConfig) -> SceneConfig:
+    """Draw one split into a new or empty folder, its chains beside it; returns its look and panel.
+
+    Raises:
+        UsageError: the folder holds something.
+    """
+    config = SceneConfig(**{**scenes.to_dict(), **split.panel})
+    write_dataset(
+        folder,
+        config,
+        split.seed,
+        split.prompts,
+        split.candidates,
+        labelled=split.labelled,
+        other_prompts=split.other_prompts,
+    )
+    if split.chains:
+        write_text(folder / CHAINS_FILE, "".join(json.dumps(line) + "\n" for line in _chains(split, config)))
+    return config
 
 
 def _chains(split: Split, config: SceneConfig) -> Iterator[dict[str, Any]]:

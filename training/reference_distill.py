@@ -1,0 +1,323 @@
+"""Make the reference student that ships: what a reasoning teacher judges, distilled into the first student.
+
+    python -m zreward.training.reference_distill --first build/first-student --out zreward/assets/reference-student
+
+`--first` is a student of `zreward.training.reference_student`, which learned to grade from labels. Read from top to
+bottom:
+
+1. describe: the first student's language model learns to say what it sees in each dimension, from scenes without
+   labels, and goes on with twice its layers;
+2. judge: it learns to end a description with a score, and by GDSO the two come to serve the labels. This is the
+   teacher;
+3. distil: by RISD the first student learns the teacher's distributions on scenes that nobody labelled, and answers with
+   no words between. The vision tower stays the first student's in all stages.
+
+Every stage is a run of `zreward train`'s own functions in a folder of `--work`. What is finished there is not repeated,
+and what was interrupted goes on from its last state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3_5ForConditionalGeneration
+
+from zreward.checkpoint import Checkpoint
+from zreward.contract import ScoreContract
+from zreward.errors import UsageError, ZrewardError
+from zreward.staging import staged_directory
+from zreward.synthetic.benchmark import Split, write_split
+from zreward.synthetic.dataset import SCENES_FILE
+from zreward.training import gdso, risd
+from zreward.training.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from zreward.training.log import LOG_FILE
+from zreward.training.reference_card import write_card
+from zreward.training.reference_evaluate import (
+    RunLog,
+    fit_temperatures,
+    label_ceiling,
+    score_metrics,
+    served_logits,
+)
+from zreward.training.reference_learner import Student
+from zreward.training.reference_recipe import TEST_SEED, VALIDATION_SEED, Recipe
+from zreward.training.reference_student import split
+from zreward.training.reference_teacher import (
+    MAX_NEW_TOKENS,
+    Lesson,
+    grown,
+    learn_chains,
+    save_start,
+    shown,
+    with_words,
+)
+
+LOG, FIRST_LOG = "training_log.jsonl", "first_training_log.jsonl"
+_DESCRIBED = Split(11_000, 4_000, 4, False, "descriptions", other_prompts=3)
+_DESCRIBED_ON = Split(21_000, 6_000, 4, False, "descriptions", other_prompts=1)
+_LABELLED = Split(19_000, 2_000, 4, True, "descriptions")
+_UNLABELLED = Split(13_000, 2_000, 4, False)
+_WATCHED = Split(14_000, 60, 6, True)
+
+_DESCRIBE = Lesson(steps=1_000, batch=16, rate=5e-4, score_weight=0.0)
+_DESCRIBE_ON = Lesson(steps=1_500, batch=16, rate=1e-3, score_weight=0.0)
+_ANSWER = Lesson(steps=200, batch=16, rate=5e-4, score_weight=1.0)
+
+_KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files of the first student that are the next one's as well."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Of a run: its steps, what one step takes, and the highest learning rate."""
+
+    steps: int
+    batch: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Everything that decides a run; written into its log.
+
+    Attributes:
+        recipe: of the first student; its scenes, seed, threads and held-out splits are this run's as well.
+        teacher_layers: of the teacher's language model.
+        described, described_on, labelled, unlabelled, watched: scenes of the stages, and those on which they are
+            validated; their seeds are offset by the run's.
+        describe: with the first student's layers, and `describe_on` with the teacher's.
+        answer: the first scores after descriptions.
+        judge: GDSO, in pairs; `group_size` outputs of each question, `policy_weight` of L_GRPO.
+        distil: RISD, in images.
+        traces: outputs of the teacher that are averaged for a question.
+        micro_batch: sequences in one pass.
+        watched_images: of `watched` that are asked at each validation.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    teacher_layers: int = 8
+    described: Split = _DESCRIBED
+    described_on: Split = _DESCRIBED_ON
+    labelled: Split = _LABELLED
+    unlabelled: Split = _UNLABELLED
+    watched: Split = _WATCHED
+    describe: Lesson = _DESCRIBE
+    describe_on: Lesson = _DESCRIBE_ON
+    answer: Lesson = _ANSWER
+    judge: Learning = Learning(steps=150, batch=8, rate=3e-4)
+    group_size: int = 4
+    policy_weight: float = 0.1
+    distil: Learning = Learning(steps=2_000, batch=32, rate=5e-4)
+    traces: int = 4
+    micro_batch: int = 256
+    watched_images: int = 120
+
+    @property
+    def teacher_recipe(self) -> Recipe:
+        shape = dataclasses.replace(self.recipe.shape, layers=self.teacher_layers)
+        return dataclasses.replace(self.recipe, shape=shape)
+
+
+def distil(plan: Distillation, first: Path, out: Path, work: Path, command: str = "") -> dict[str, Any]:
+    """Make a teacher of the first student, teach a student by it, save and judge that one.
+
+    Args:
+        first: checkpoint of the first student, with its log.
+        out: checkpoint to write; one that is there is replaced once the new one is whole.
+        work: for scenes and runs.
+
+    Returns:
+        The held-out figures that are also in its log.
+
+    Raises:
+        UsageError: a directory cannot be used, or `first` has no log.
+        CheckpointError: `first` is damaged.
+    """
+    if not (first / LOG).is_file():
+        raise UsageError(f"{first} has no {LOG}: it must be a student that reference_student has made")
+    Checkpoint.open(first)
+    work.mkdir(parents=True, exist_ok=True)
+
+    # Describe.
+    start = started(work / "describe", with_words(plan.recipe, first))
+    scenes = drawn(work / "described", plan.described, plan)
+    describer = chains_learned(plan.describe, work / "describe", start, scenes, plan)
+    start = started(work / "describe-on", grown(plan.teacher_recipe, describer))
+    scenes = drawn(work / "described-on", plan.described_on, plan)
+    describer = chains_learned(plan.describe_on, work / "describe-on", start, scenes, plan)
+
+    # Judge.
+    watched = drawn(work / "watched", plan.watched, plan) / SCENES_FILE
+    scenes = drawn(work / "labelled", plan.labelled, plan)
+    answering = chains_learned(plan.answer, work / "answer", describer, scenes, plan)
+    teacher = work / "judge" / "run" / "model"
+    if not teacher.is_dir():
+        config = train_config(plan, plan.judge, answering, scenes / SCENES_FILE, watched, work / "judge")
+        gdso.train(with_section(config, gdso_section(plan)), shown("judge"))
+
+    # Distil.
+    scenes = drawn(work / "unlabelled", plan.unlabelled, plan)
+    student = work / "distil" / "run" / "model"
+    if not student.is_dir():
+        config = train_config(plan, plan.distil, first, scenes / SCENES_FILE, watched, work / "distil")
+        risd.train(with_section(config, risd_section(plan, teacher)), shown("distil"))
+    return shipped(student, first, out, plan, work, command)
+
+
+def drawn(folder: Path, scenes: Split, plan: Distillation) -> Path:
+    """The folder of a split, drawn unless it is there."""
+    if not folder.is_dir():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        seeded = dataclasses.replace(scenes, seed=scenes.seed + plan.recipe.seed)
+        write_split(partial, seeded, plan.recipe.scenes)
+        partial.rename(folder)
+    return folder
+
+
+def started(stage: Path, student: Student) -> Path:
+    """The checkpoint that a stage starts from, saved unless it is there."""
+    start = stage / "start"
+    if not start.is_dir():
+        stage.mkdir(exist_ok=True)
+        save_start(student, start)
+    return start
+
+
+def chains_learned(lesson: Lesson, stage: Path, start: Path, scenes: Path, plan: Distillation) -> Path:
+    return learn_chains(
+        lesson,
+        stage / "run",
+        start,
+        scenes,
+        precision="fp32",
+        micro_batch=plan.micro_batch,
+        threads=plan.recipe.threads,
+        progress=shown(stage.name),
+    )
+
+
+def train_config(
+    plan: Distillation, learning: Learning, start: Path, scenes: Path, watched: Path, stage: Path
+) -> TrainConfig:
+    """Of a run that is validated four times."""
+    return TrainConfig(
+        DataConfig(str(scenes), str(watched)),
+        ModelConfig(str(start), precision="fp32"),
+        RunConfig(
+            str(stage / "run"),
+            steps=learning.steps,
+            batch_size=learning.batch,
+            micro_batch=plan.micro_batch,
+            seed=plan.recipe.seed,
+            save_every=50,
+            log_every=20,
+            validate_every=max(1, learning.steps // 4),
+            validation_items=plan.watched_images,
+            threads=plan.recipe.threads,
+        ),
+        OptimizerConfig(
+            learning_rate=learning.rate, betas=(0.9, 0.98), warmup_steps=min(50, learning.steps // 10)
+        ),
+    )
+
+
+def with_section(config: TrainConfig, section: dict[str, Any]) -> TrainConfig:
+    return dataclasses.replace(config, method=section)
+
+
+def gdso_section(plan: Distillation) -> dict[str, Any]:
+    sampling = {"group_size": plan.group_size, "max_new_tokens": MAX_NEW_TOKENS}
+    return {"policy_weight": plan.policy_weight, "sampling": sampling}
+
+
+def risd_section(plan: Distillation, teacher: Path) -> dict[str, Any]:
+    sampling = {"group_size": plan.traces, "max_new_tokens": MAX_NEW_TOKENS}
+    return {"teacher": str(teacher), "sampling": sampling}
+
+
+def shipped(
+    trained: Path, first: Path, out: Path, plan: Distillation, work: Path, command: str
+) -> dict[str, Any]:
+    """Round the student to bfloat16, calibrate it, judge it from its files, and put it in its place."""
+    recipe = plan.recipe
+    validation = split(recipe, VALIDATION_SEED, recipe.validation_prompts, recipe.candidates, 0, work)
+    test = split(recipe, TEST_SEED, recipe.test_prompts, recipe.candidates, 0, work)
+    with staged_directory(out, replace=True, kind="checkpoint") as staging:
+        model = Qwen3_5ForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
+        model.save_pretrained(staging.path)
+        for name in _KEPT:
+            shutil.copyfile(first / name, staging.path / name)
+        contract = ScoreContract.load(first)
+        contract.save(staging.path)
+        logits = served_logits(staging.path, validation)
+        contract = contract.with_temperatures(fit_temperatures(logits, validation, contract))
+        contract.save(staging.path)
+
+        log = RunLog(staging.path / LOG)
+        log.start(plan, command)
+        for stage in ("describe", "describe-on", "answer", "judge", "distil"):
+            log.stage(stage, work / stage / "run" / LOG_FILE)
+        result = {
+            "validation": score_metrics(logits, validation, contract),
+            "test": score_metrics(served_logits(staging.path, test), test, contract, intervals=True),
+            "test_of_first": score_metrics(
+                served_logits(first, test), test, ScoreContract.load(first), intervals=True
+            ),
+            "test_label_noise_ceiling": label_ceiling(test, recipe.scenes),
+            "temperatures": dict(zip(contract.dimension_names, contract.temperatures, strict=True)),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        log.finish(result)
+        shutil.copyfile(first / LOG, staging.path / FIRST_LOG)
+        write_card(staging.path, recipe, result, command, _history(plan, result))
+        staging.commit()
+    return result
+
+
+def _history(plan: Distillation, result: dict[str, Any]) -> str:
+    before = result["test_of_first"]["overall"]["hpa"]
+    seeds = {"described": plan.described, "labelled": plan.labelled, "unlabelled": plan.unlabelled}
+    named = ", ".join(f"{name} {scenes.seed + plan.recipe.seed}" for name, scenes in seeds.items())
+    return f"""\
+It answers at once what a teacher of {plan.teacher_layers} layers found by describing the picture first: it is the
+student of RISD. It began as the first student, which `python -m zreward.training.reference_student` trained on
+labels and which reaches an HPA of {before:.4f} on the test prompts below. `{LOG}` has the whole plan, the
+library versions and what every stage logged, `{FIRST_LOG}` the same of the first student. The scenes have
+separate seeds: {named}, validation {VALIDATION_SEED + plan.recipe.seed}, test {TEST_SEED + plan.recipe.seed}."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zreward.training.reference_distill",
+        description="Distil a reasoning teacher into the reference student.",
+    )
+    parser.add_argument("--first", type=Path, required=True, help="student of reference_student")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
+    parser.add_argument("--work", type=Path, default=Path("build/distilled-student"), help="scenes and runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    command = (
+        f"{parser.prog} --first {options.first} --out {options.out} --seed {options.seed} "
+        f"--threads {options.threads}"
+    )
+    plan = Distillation(Recipe(seed=options.seed, threads=options.threads))
+    try:
+        distil(plan, options.first, options.out, options.work, command)
+    except ZrewardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
