@@ -101,7 +101,7 @@ class Samples:
         self.rows = rows
         self.labels_pj = labels_pj
         self.reference_nt = reference_nt
-        self.shape = (len(labels_pj), 2, len(rows) // (2 * len(labels_pj)))
+        self.shape = _shape(rows, labels_pj)
         self._judge = judge
         self._judgement: Judgement | None = None
 
@@ -160,12 +160,18 @@ def sample_pairs(
     return Samples(rows, labels_pj, reference_nt, judge)
 
 
+def _shape(rows: Sequence[Row], labels_pj: Tensor) -> tuple[int, int, int]:
+    """(pairs, 2, G)."""
+    pairs = len(labels_pj)
+    return pairs, 2, len(rows) // (2 * pairs)
+
+
 @torch.no_grad()
 def judged(
     core: RewardModel, rows: Sequence[Row], out: RowOutputs, labels_pj: Tensor, options: PolicyOptions
 ) -> Judgement:
     """Rewards and advantages of the samples whose outputs under the policy that sampled them are `out`."""
-    shape = (len(labels_pj), 2, len(rows) // (2 * len(labels_pj)))
+    shape = _shape(rows, labels_pj)
     means_pjg, valid_pjg = _judged_scores(core, rows, out, options.reward_from, shape)
     rewards_pjg = losses.rewards(
         means_pjg,

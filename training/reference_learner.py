@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from transformers import Qwen3_5ForConditionalGeneration
 from zreward.contract import ScoreContract
 from zreward.errors import CheckpointError
 from zreward.prompt import PromptEncoder
-from zreward.synthetic import make_scene
+from zreward.synthetic import SceneConfig, make_scene
 from zreward.training.reference_data import SceneArrays, length_batches
 from zreward.training.reference_evaluate import fit_temperatures
 from zreward.training.reference_forward import ServingForm, patches_from_images, vision_features
@@ -163,9 +164,14 @@ def tokenizer_texts(recipe: Recipe, contract: ScoreContract) -> Iterator[str]:
         yield template.before_image.replace("{system}", contract.system_text).replace("{prompt}", "")
         for dimension in contract.dimensions:
             yield template.question.replace("{question}", dimension.question)
-    small = dataclasses.replace(recipe.scenes, size=48)
-    for index in range(600):
-        yield make_scene(small, TOKENIZER_SEED + recipe.seed, index, candidates=1).prompt
+    yield from _prompts(recipe.scenes, TOKENIZER_SEED + recipe.seed)
+
+
+@functools.cache
+def _prompts(scenes: SceneConfig, seed: int) -> tuple[str, ...]:
+    """Those of 600 scenes, drawn small since nobody looks at them."""
+    small = dataclasses.replace(scenes, size=48)
+    return tuple(make_scene(small, seed, index, candidates=1).prompt for index in range(600))
 
 
 @torch.inference_mode()

@@ -8,8 +8,8 @@ first; `learn_chains` teaches descriptions and the scores after them, by `zrewar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from transformers import Qwen3_5ForConditionalGeneration
 from zreward.progress import Progress
 from zreward.prompt import load_tokenizer
 from zreward.staging import staged_directory
-from zreward.synthetic import make_scene
+from zreward.synthetic import SceneConfig, make_scene
 from zreward.synthetic.benchmark import CHAINS_FILE
 from zreward.synthetic.dataset import SCENES_FILE
 from zreward.synthetic.descriptions import describe
@@ -56,12 +56,12 @@ class Lesson:
     score_weight: float
 
 
-def description_texts(recipe: Recipe) -> Iterator[str]:
-    """Descriptions of scenes that no split has, for the tokenizer."""
-    small = dataclasses.replace(recipe.scenes, size=48)
-    for index in range(300):
-        scene = make_scene(small, _TEXTS_SEED, index, candidates=1)
-        yield from describe(scene.candidates[0], scene.spec).values()
+@functools.cache
+def description_texts(scenes: SceneConfig) -> tuple[str, ...]:
+    """Descriptions of 300 scenes that no split has, for the tokenizer; drawn small since nobody looks at them."""
+    small = dataclasses.replace(scenes, size=48)
+    drawn = (make_scene(small, _TEXTS_SEED, index, candidates=1) for index in range(300))
+    return tuple(text for scene in drawn for text in describe(scene.candidates[0], scene.spec).values())
 
 
 def with_words(recipe: Recipe, start: Path) -> Student:
@@ -72,7 +72,7 @@ def with_words(recipe: Recipe, start: Path) -> Student:
     Args:
         recipe: of the same shape as `start`.
     """
-    student = Student(recipe, description_texts(recipe))
+    student = Student(recipe, description_texts(recipe.scenes))
     weights = {name: value.float() for name, value in load_file(start / "model.safetensors").items()}
     weights[_EMBEDDINGS] = _embeddings(weights[_EMBEDDINGS], load_tokenizer(start), student.tokenizer)
     load_weights(student.model, weights)
@@ -81,7 +81,7 @@ def with_words(recipe: Recipe, start: Path) -> Student:
 
 def grown(recipe: Recipe, start: Path) -> Student:
     """A checkpoint of `recipe`'s tokenizer with more layers on top, which change nothing until they learn."""
-    student = Student(recipe, description_texts(recipe))
+    student = Student(recipe, description_texts(recipe.scenes))
     known = load_file(start / "model.safetensors")
     _pass_on_at_first(student.model, known)
     load_weights(student.model, known)

@@ -97,7 +97,7 @@ def taught(
 
 def with_trained_tower(recipe: Recipe) -> Student:
     """The shipped reference student's tower and a language model that knows nothing."""
-    student = Student(recipe, description_texts(recipe))
+    student = Student(recipe, description_texts(recipe.scenes))
     weights = load_file(REFERENCE_STUDENT / "model.safetensors")
     load_weights(student.model, {name: value for name, value in weights.items() if ".visual." in name})
     return student

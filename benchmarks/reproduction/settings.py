@@ -80,7 +80,6 @@ def settings_for(device: torch.device) -> Settings:
         scenes=SceneConfig(max_objects=2),
         read_steps=1_600,
         describe_steps={"student": 500, "teacher": 300},
-        answer_steps=200,
         describe_batch=16,
         sft_steps=60,
         policy_steps=60,

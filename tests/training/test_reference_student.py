@@ -171,7 +171,7 @@ def distilled(run: Path) -> Path:
         watched=Split(5, 2, 2, True),
         describe=lesson,
         describe_on=dataclasses.replace(lesson, steps=4),
-        answer=dataclasses.replace(lesson, score_weight=1.0),
+        answer=dataclasses.replace(lesson, steps=30, score_weight=1.0),
         judge=Learning(steps=2, batch=2, rate=1e-4),
         group_size=2,
         distil=Learning(steps=40, batch=8, rate=1e-3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3_5ForConditionalGeneration
 
 from benchmarks.reproduction.__main__ import base_jobs
 from benchmarks.reproduction.base import recipe_of, with_trained_tower
@@ -23,10 +23,9 @@ from benchmarks.reproduction.reading import learn_to_read
 from benchmarks.reproduction.report import write_report
 from benchmarks.reproduction.settings import STUDENT, TEACHER, settings_for
 from zreward.commands.demo import REFERENCE_STUDENT
-from zreward.contract import ScoreContract
-from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.synthetic import DIMENSIONS
-from zreward.training.reference_teacher import grown, save_start
+from zreward.training.reference_learner import Student
+from zreward.training.reference_teacher import grown, load_weights, save_start
 
 SETTINGS = settings_for(torch.device("cpu"))
 
@@ -60,31 +59,34 @@ class TestExperiments:
 class TestBase:
     SMALL, LARGE = (recipe_of(size, SETTINGS) for size in (STUDENT, TEACHER))
 
-    def test_a_grown_model_begins_as_the_smaller_one(self, tmp_path: Path) -> None:
-        save_start(with_trained_tower(self.SMALL), tmp_path / "small")
-        save_start(grown(self.LARGE, tmp_path / "small"), tmp_path / "large")
-        prompt = PromptEncoder(ScoreContract.load(tmp_path / "small"), load_tokenizer(tmp_path / "small"))
-        ids = torch.from_numpy(prompt.text_prefix_ids("a red ball"))[None]
-        small, large = (
-            Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("small", "large")
-        )
-        assert len(large.model.language_model.layers) == 2 * len(small.model.language_model.layers)
+    @pytest.fixture(scope="class")
+    def small(self) -> Student:
+        """Not to be changed."""
+        return with_trained_tower(self.SMALL)
+
+    def test_a_grown_model_begins_as_the_smaller_one(self, small: Student, tmp_path: Path) -> None:
+        save_start(small, tmp_path / "small")
+        large = grown(self.LARGE, tmp_path / "small").model
+        ids = torch.from_numpy(small.encoder.text_prefix_ids("a red ball"))[None]
+        layers = large.model.language_model.layers
+        assert len(layers) == 2 * len(small.model.model.language_model.layers)
         with torch.no_grad():
-            torch.testing.assert_close(large(input_ids=ids).logits, small(input_ids=ids).logits)
+            torch.testing.assert_close(large(input_ids=ids).logits, small.model(input_ids=ids).logits)
 
-    def test_weights_of_more_layers_are_refused(self, tmp_path: Path) -> None:
-        save_start(with_trained_tower(self.LARGE), tmp_path / "large")
+    def test_weights_of_more_layers_are_refused(self, small: Student) -> None:
+        fifth = {"model.language_model.layers.4.mlp.down_proj.weight": torch.zeros(1)}
         with pytest.raises(ValueError, match="no place in a model of 4 layers"):
-            grown(self.SMALL, tmp_path / "large")
+            load_weights(small.model, fifth)
 
-    def test_reading_teaches_the_language_model_and_leaves_the_shipped_tower(self, tmp_path: Path) -> None:
-        student = with_trained_tower(self.SMALL)
-        before = {name: value.clone() for name, value in student.model.state_dict().items()}
-        learn_to_read(student, self.SMALL, 8, tmp_path, n_prompts=60)
+    def test_reading_teaches_the_language_model_and_leaves_the_shipped_tower(
+        self, small: Student, tmp_path: Path
+    ) -> None:
+        student = copy.deepcopy(small)
+        learn_to_read(student, self.SMALL, 3, tmp_path, n_prompts=16)
         shipped = load_file(REFERENCE_STUDENT / "model.safetensors")
         visual = {name for name in shipped if ".visual." in name}
         assert len(visual) > 50
-        after = student.model.state_dict()
+        before, after = small.model.state_dict(), student.model.state_dict()
         assert all(after[name].equal(shipped[name].to(after[name].dtype)) for name in visual)
         changed = {name for name, value in after.items() if not value.equal(before[name])}
         assert len(changed) > 50
