@@ -98,7 +98,7 @@ def experiments(settings: Settings) -> list[Experiment]:
         *rows,
         replace(grpo_row, size=STUDENT, name="grpo-parsed", options=(("reward_from", "parsed"),)),
         Experiment("risd", method="risd", steps=settings.risd_steps, reasons=False, **distilled),
-        Experiment("opd", method="opd", steps=settings.opd_steps, rate=3e-4, **distilled),
+        Experiment("opd", method="opd", steps=settings.opd_steps, rate=1e-4, **distilled),
     ]
 
 

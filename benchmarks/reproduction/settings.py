@@ -83,7 +83,7 @@ def settings_for(device: torch.device) -> Settings:
         describe_batch=16,
         sft_steps=60,
         policy_steps=60,
-        opd_steps=80,
+        opd_steps=160,
         risd_steps=700,
         averaged_traces=1,
         unlabelled_images=1_500,
