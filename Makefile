@@ -38,5 +38,5 @@ clean:
 # pip is asked for rather than python: a setup that was interrupted leaves a python without it.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard runtime/kernels/*.cpp runtime/kernels/*.h)
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,export,train,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,export,plugins,train,dev]'
 	@touch $@

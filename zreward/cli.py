@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from zreward import __version__
-from zreward.commands import bench, bundles, data, demo, evaluate, export, quantize, score, train
+from zreward.commands import bench, bundles, data, demo, evaluate, export, plugins, quantize, score, train
 from zreward.commands.console import say
 from zreward.errors import ZrewardError
 
@@ -54,6 +54,11 @@ data_app.command("benchmark")(data.benchmark)
 data_app.command("chains")(data.chains)
 data_app.command("convert")(data.convert)
 app.add_typer(data_app, name="data")
+
+plugins_app = typer.Typer(help="Build and check the TensorRT plugins.", no_args_is_help=True)
+plugins_app.command("build")(plugins.build)
+plugins_app.command("check")(plugins.check)
+app.add_typer(plugins_app, name="plugins")
 
 
 def _print_version(asked: bool) -> None:

@@ -47,6 +47,10 @@ class BackendError(ZrewardError):
     """An inference backend is missing, refused the model, or returned non-finite values."""
 
 
+class PluginError(ZrewardError):
+    """A library of TensorRT plugins cannot be built, was altered, or does not fit the TensorRT that is installed."""
+
+
 class MetricError(ZrewardError, ValueError):
     """A metric is undefined on the data it was given."""
 
