@@ -26,6 +26,8 @@ _HEADER_FOLDERS = (
     "/opt/tensorrt/include",
 )
 
+_USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
+
 _VERSION_TIMEOUT_S = 120
 
 
@@ -89,7 +91,7 @@ def find_nvcc(given: Path | None = None, environment: Mapping[str, str] = os.env
             return path
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     candidates: list[Path | None] = [Path(home) / "bin" / "nvcc" if home else None]
-    candidates += [_which("nvcc", environment), wheel_nvcc(), Path("/usr/local/cuda/bin/nvcc")]
+    candidates += [_which("nvcc", environment), wheel_nvcc(), _USUAL_NVCC]
     found = next((path for path in candidates if path is not None and path.is_file()), None)
     if found is None:
         raise PluginError(

@@ -11,7 +11,9 @@
 #ifdef ZREWARD_EMULATE
 #include "emulator.h"
 #else
+#ifndef __CUDACC_RTC__  // NVRTC brings CUDA's own names along
 #include <cuda_runtime.h>
+#endif
 
 namespace zreward::device {
 
@@ -74,6 +76,7 @@ __device__ inline uint32_t load_constant(const uint32_t* from) { return __ldg(fr
 __device__ inline uint16_t load_constant(const uint16_t* from) { return __ldg(from); }
 __device__ inline float load_constant(const float* from) { return __ldg(from); }
 
+#ifndef __CUDACC_RTC__
 // Start `kernel` on a grid of blocks.
 template <typename Job>
 cudaError_t launch(void (*kernel)(Job), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream, Job job) {
@@ -87,6 +90,7 @@ cudaError_t launch(void (*kernel)(Job), dim3 grid, int threads, size_t shared_by
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(static_cast<unsigned>(threads)), arguments,
                           shared_bytes, stream);
 }
+#endif
 
 }  // namespace zreward::device
 #endif

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Everything about the CUDA kernels that takes a GPU: rung L4 of docs/tensorrt.md. Run it from the root of the checkout:
+#
+#     benchmarks/gpu/run.sh [OUT]
+#
+# It needs an NVIDIA GPU (compute capability 8.0 or later) with its driver, nvcc 12.8 or later, CMake, a C++ compiler, and
+# a Python (PYTHON, by default python3) with PyTorch for CUDA, typer and rich. transformers and flash-linear-attention are
+# timed where they are installed, compute-sanitizer runs where it is. No network. On one GPU it takes about five minutes.
+#
+# OUT (by default build/gpu) gets the library, every figure in cases.json, times.json and machine.txt, and the sanitizer's
+# words. The exit status is 0 where all cases passed and the sanitizer found nothing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-build/gpu}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
+
+{
+  date -u
+  nvidia-smi --query-gpu=name,driver_version,compute_cap,clocks.max.sm,clocks.max.mem,memory.total,power.limit --format=csv
+  "$python" -c 'import sys, torch; print(sys.version, "torch", torch.__version__, "CUDA", torch.version.cuda)'
+  git log -1 --format='commit %H' 2>/dev/null || true
+} | tee "$out/machine.txt"
+
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
+echo "== the library, for compute capability $capability"
+"$python" -m zreward.cli plugins build --kernels-only --architectures "$capability" --output "$out"
+
+status=0
+echo "== 200 random calls of each kernel against float64"
+"$python" -m benchmarks.gpu.check "$out/libzreward_kernels.so" --count 200 --json "$out/cases.json" || status=1
+
+# Each tool follows every access of a few calls; initcheck would report torch's own poison.
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+if [ -n "$sanitizer" ]; then
+  for tool in memcheck racecheck synccheck; do
+    echo "== compute-sanitizer, $tool"
+    if "$sanitizer" --tool "$tool" --error-exitcode 9 --kernel-regex kns=zreward \
+      "$python" -m benchmarks.gpu.check "$out/libzreward_kernels.so" --count 6 --most-work 60 --seed 1 \
+      > "$out/sanitizer-$tool.txt" 2>&1; then
+      tail -2 "$out/sanitizer-$tool.txt"
+    else
+      tail -30 "$out/sanitizer-$tool.txt"
+      status=1
+    fi
+  done
+else
+  echo "compute-sanitizer was not found: it did not run" | tee "$out/sanitizer-missing.txt"
+fi
+
+echo "== times"
+"$python" -m benchmarks.gpu.times "$out/libzreward_kernels.so" --json "$out/times.json" || status=1
+exit $status
