@@ -19,6 +19,7 @@ from zreward.runtime import kernels
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
+PLUGIN_SOURCES = "export/plugins/"
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,8 @@ def wheel_name(source: str) -> str | None:
     for package, folder in FOLDERS.items():
         if source.startswith(f"{folder}/") and source.endswith(".py"):
             return f"{package.replace('.', '/')}/{source.removeprefix(folder + '/')}"
+    if source.startswith(PLUGIN_SOURCES):  # which `zreward plugins build` compiles
+        return f"zreward/{source}"
     return source if source.startswith("zreward/") else None
 
 

@@ -75,7 +75,9 @@ class PluginLibrary:
         """
         path = Path(path).absolute()
         if not path.is_file():
-            raise PluginError(f"{path}: there is no plugin library here; build one with `zreward plugins build`")
+            raise PluginError(
+                f"{path}: there is no plugin library here; build one with `zreward plugins build`"
+            )
         record = _read_record(record_path(path))
         found = sha256_of(path)
         if found != record.sha256:
@@ -98,32 +100,40 @@ class PluginLibrary:
         """
         built = self.record.tensorrt
         if built is None:
-            raise PluginError(f"{self.path}: this library has kernels but no plugins; see `zreward plugins build --help`")
+            raise PluginError(
+                f"{self.path}: this library has kernels but no plugins; see `zreward plugins build --help`"
+            )
         if built.split(".")[0] != tensorrt_version.split(".")[0]:
             raise PluginError(
-                f"{self.path}: built for TensorRT {built}, but TensorRT {tensorrt_version} is installed; build it again "
-                "with the headers of that version: `zreward plugins build --tensorrt DIR`"
+                f"{self.path}: built for TensorRT {built}, but TensorRT {tensorrt_version} is installed; build it "
+                "again with the headers of that version: `zreward plugins build --tensorrt DIR`"
             )
 
-    def load(self, tensorrt: Any, *, version: str | None = None) -> Any:
-        """Load the library into the plugin registry of a `tensorrt` module, or one of TensorRT-RTX.
-
-        Args:
-            version: version of the library's interfaces, where it is another than the module's: that of TensorRT-RTX.
+    def load(self, tensorrt: Any) -> Any:
+        """Load the library into the plugin registry of a `tensorrt` module, whose parsers and engines then find it.
 
         Returns:
             The registry's handle.
 
         Raises:
-            PluginError: it was built for another version, or the registry refuses it or lacks a plugin afterwards.
+            PluginError: it was built for another version, this TensorRT has no plugins, or the registry refuses the
+                library or lacks a plugin afterwards.
         """
-        self.check_version(version or tensorrt.__version__)
+        if not hasattr(tensorrt.INetworkDefinition, "add_plugin_v3"):
+            # The registry of TensorRT-RTX 1.7.1 takes it, and its parser then ends the process.
+            raise PluginError(
+                f"{tensorrt.__name__} {tensorrt.__version__} has no plugins in its networks; go without them, the "
+                "bodies of the operators compute the same"
+            )
+        self.check_version(tensorrt.__version__)
         key = (tensorrt.__name__, self.record.sha256)
         if key in _loaded:  # a registry refuses a second creator of the same name
             return _loaded[key]
         registry = tensorrt.get_plugin_registry()
         handle = registry.load_library(str(self.path))
-        missing = [name for name in self.record.plugins if registry.get_creator(name, VERSION, NAMESPACE) is None]
+        missing = [
+            name for name in self.record.plugins if registry.get_creator(name, VERSION, NAMESPACE) is None
+        ]
         if handle is None or missing:
             raise PluginError(
                 f"{self.path}: TensorRT {tensorrt.__version__} does not take this library (no plugin for "
@@ -175,7 +185,13 @@ def described(path: Path) -> dict[str, Any]:
 
 def installed_tensorrt() -> str | None:
     """Version of the TensorRT that pip installed here, without importing it; None where there is none."""
-    for package in ("tensorrt", "tensorrt_cu13", "tensorrt_cu12", "tensorrt_cu13_bindings", "tensorrt_cu12_bindings"):
+    for package in (
+        "tensorrt",
+        "tensorrt_cu13",
+        "tensorrt_cu12",
+        "tensorrt_cu13_bindings",
+        "tensorrt_cu12_bindings",
+    ):
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -82,9 +82,7 @@ def normal(rng: random.Random, *shape: int, device: torch.device) -> Tensor:
 def _apart(tensor: Tensor, gap: int) -> Tensor:
     """The tensor [B, S, H, D] with `gap` elements of NaN after each token."""
     batch, tokens, heads, dim = tensor.shape
-    wide = torch.full(
-        (batch, tokens, heads * dim + gap), math.nan, dtype=tensor.dtype, device=tensor.device
-    )
+    wide = torch.full((batch, tokens, heads * dim + gap), math.nan, dtype=tensor.dtype, device=tensor.device)
     wide[..., : heads * dim] = tensor.flatten(2)
     return wide[..., : heads * dim].unflatten(-1, (heads, dim))
 
@@ -105,7 +103,10 @@ def _rule_sizes(rng: random.Random, most_work: float) -> tuple[int, ...]:
         key_heads, group = rng.choice([(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (3, 1)])
         key_dim, value_dim = (rng.choice([32, 64, 128, 256, 8 * rng.randrange(4, 33)]) for _ in range(2))
         heads = key_heads * group
-        if batch * heads * math.ceil(tokens / 64) * math.ceil(key_dim / 64) * math.ceil(value_dim / 32) <= most_work:
+        if (
+            batch * heads * math.ceil(tokens / 64) * math.ceil(key_dim / 64) * math.ceil(value_dim / 32)
+            <= most_work
+        ):
             return batch, tokens, key_heads, heads, key_dim, value_dim
 
 
@@ -151,7 +152,13 @@ def gated_delta_rule(
     inputs = (query, key, value, decay, beta, state)
     kernels.gated_delta_rule(*inputs, output.tensor, new_state.tensor, workspace.tensor, **attributes)
     expected_output, expected_state = references.gated_delta_rule(*inputs, **attributes)
-    shown = dict(batch=batch, states=n_states, tokens=tokens, key_heads=key_heads, value_heads=heads)
+    shown = {
+        "batch": batch,
+        "states": n_states,
+        "tokens": tokens,
+        "key_heads": key_heads,
+        "value_heads": heads,
+    }
     return Outcome(
         "GatedDeltaRule",
         dtype,
@@ -176,7 +183,14 @@ def causal_conv1d(
     new_state = Poisoned((batch, channels, taps - 1), state_type, device)
     kernels.causal_conv1d(input, weight, state, output.tensor, new_state.tensor, silu=silu)
     expected_output, expected_state = references.causal_conv1d(input, weight, state, silu=silu)
-    sizes = dict(batch=batch, states=n_states, tokens=tokens, channels=channels, taps=taps, silu=int(silu))
+    sizes = {
+        "batch": batch,
+        "states": n_states,
+        "tokens": tokens,
+        "channels": channels,
+        "taps": taps,
+        "silu": int(silu),
+    }
     # a state is a copy: it may differ by the rounding to its own type, and by nothing in float32
     return Outcome(
         "CausalConv1d",
@@ -207,7 +221,7 @@ def rubric_expectation(
         name: output.error(tensor)
         for name, output, tensor in zip(("probs", "mean", "variance"), found, expected, strict=True)
     }
-    return Outcome("RubricExpectation", dtype, dict(batch=batch, width=width, bins=n_bins), errors)
+    return Outcome("RubricExpectation", dtype, {"batch": batch, "width": width, "bins": n_bins}, errors)
 
 
 Case = Callable[[Kernels, random.Random, torch.dtype, torch.device, float], Outcome]
@@ -234,6 +248,4 @@ def run_cases(
     """
     rng = random.Random(seed)
     types = list(TYPES)
-    return [
-        OPERATORS[operator](kernels, rng, types[i % len(types)], device, most_work) for i in range(count)
-    ]
+    return [OPERATORS[operator](kernels, rng, types[i % len(types)], device, most_work) for i in range(count)]

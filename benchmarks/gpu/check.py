@@ -21,12 +21,16 @@ from benchmarks.gpu.library import Kernels
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("library", type=Path)
     parser.add_argument("--count", type=int, default=200, help="calls of each operator, the types in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", help="cpu for a library on the emulator of tests/plugins")
-    parser.add_argument("--most-work", type=float, default=math.inf, help="bounds a call: see cases.run_cases")
+    parser.add_argument(
+        "--most-work", type=float, default=math.inf, help="bounds a call: see cases.run_cases"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     kernels, device = Kernels(arguments.library), torch.device(arguments.device)

@@ -60,9 +60,7 @@ def causal_conv1d(
     taps = weight.shape[1]
     past = _states_of_rows(state, batch, (channels, taps - 1), input)
     x = torch.cat([past, input.double().transpose(1, 2)], dim=-1)
-    output = sum(
-        x[:, :, j : j + tokens] * weight[:, j].double()[None, :, None] for j in range(taps)
-    )
+    output = sum(x[:, :, j : j + tokens] * weight[:, j].double()[None, :, None] for j in range(taps))
     assert isinstance(output, Tensor)
     if silu:
         output = output / (1 + (-output).exp())

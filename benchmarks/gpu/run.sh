@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything about the CUDA kernels that takes a GPU: rung L4 of docs/tensorrt.md. Run it from the root of the checkout:
+# Everything about the CUDA kernels that takes a GPU: rung L4 of docs/plugins.md.
 #
 #     benchmarks/gpu/run.sh [OUT]
 #
-# It needs an NVIDIA GPU (compute capability 8.0 or later) with its driver, nvcc 12.8 or later, CMake, a C++ compiler, and
-# a Python (PYTHON, by default python3) with PyTorch for CUDA, typer and rich. transformers and flash-linear-attention are
-# timed where they are installed, compute-sanitizer runs where it is. No network. On one GPU it takes about five minutes.
+# It needs an NVIDIA GPU (compute capability 8.0 or later) with its driver, nvcc 12.8 or later, CMake, a C++ compiler,
+# and a Python (PYTHON, by default python3) with PyTorch for CUDA, typer and rich. transformers and
+# flash-linear-attention are timed where they are installed, compute-sanitizer runs where it is. No network.
 #
-# OUT (by default build/gpu) gets the library, every figure in cases.json, times.json and machine.txt, and the sanitizer's
-# words. The exit status is 0 where all cases passed and the sanitizer found nothing.
+# OUT (by default build/gpu) gets the library, every figure in cases.json, times.json and machine.txt, and the
+# sanitizer's words. The exit status is 0 where all cases passed and the sanitizer found nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/gpu}
@@ -18,7 +18,8 @@ export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
 
 {
   date -u
-  nvidia-smi --query-gpu=name,driver_version,compute_cap,clocks.max.sm,clocks.max.mem,memory.total,power.limit --format=csv
+  nvidia-smi --format=csv \
+    --query-gpu=name,driver_version,compute_cap,clocks.max.sm,clocks.max.mem,memory.total,power.limit
   "$python" -c 'import sys, torch; print(sys.version, "torch", torch.__version__, "CUDA", torch.version.cuda)'
   git log -1 --format='commit %H' 2>/dev/null || true
 } | tee "$out/machine.txt"

@@ -2,15 +2,15 @@
 
     python -m benchmarks.gpu.times build/gpu/libzreward_kernels.so --json times.json
 
-GatedDeltaRule is timed on the prefix of one 1024×1024 image in the 9B shape (1,104 tokens, 32 value heads of 128 over 16
-key heads), against the torch reference of transformers and flash-linear-attention's Triton kernels where those are
+GatedDeltaRule is timed on the prefix of one 1024×1024 image in the 9B shape (1,104 tokens, 32 value heads of 128 over
+16 key heads), against the torch reference of transformers and flash-linear-attention's Triton kernels where those are
 installed, all on the same tensors. A time is that of a call on the device, between two events with many calls between
 them; of these the median and the range over repetitions, and the samples are in the JSON.
 
-Two bounds stand beside it, of rates that are measured here rather than read from a data sheet: its bytes (inputs, outputs
-and states once each) at the rate of a large copy, and its multiplications, as many as the chunked form makes with chunks
-of 64 tokens, at the rate of a large matrix product: of TensorFloat-32, which the kernels use for every type, three times
-for float32.
+Two bounds stand beside it, of rates that are measured here rather than read from a data sheet: its bytes (inputs,
+outputs and states once each) at the rate of a large copy, and its multiplications, as many as the chunked form makes
+with chunks of 64 tokens, at the rate of a large matrix product: of TensorFloat-32, which the kernels use for every
+type, three times for float32.
 """
 
 from __future__ import annotations
@@ -78,11 +78,9 @@ def measured(call: Callable[[], object]) -> list[float]:
 
 def machine_rates(device: torch.device) -> dict[str, float]:
     """bytes_per_s of a large copy, reads and writes counted; tf32_per_s and bf16_per_s: multiply-adds of a product."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_ms = statistics.median(measured(lambda: target.copy_(source)))
-    rates = {"bytes_per_s": 2 * source.numel() / copy_ms * 1e3}
-    del source, target
+    n_bytes = 1 << 30
+    source, target = (torch.empty(n_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    rates = {"bytes_per_s": 2 * n_bytes / statistics.median(measured(lambda: target.copy_(source))) * 1e3}
     size = 8192
     torch.backends.cuda.matmul.allow_tf32 = True
     for name, dtype in (("tf32_per_s", torch.float32), ("bf16_per_s", torch.bfloat16)):
@@ -92,9 +90,12 @@ def machine_rates(device: torch.device) -> dict[str, float]:
     return rates
 
 
-def chunked_products(tokens: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> int:
-    """Multiply-adds of the chunked form: for each chunk of C tokens of a value head, K Kᵀ and Q Kᵀ (their lower halves),
-    the inverse (C³/6), two products with the state, T and A with what is written (lower halves), and the update."""
+def chunked_products(tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
+    """Multiply-adds of the chunked form.
+
+    For each chunk of C tokens of a value head: K Kᵀ and Q Kᵀ (their lower halves), the inverse (C³/6), two products
+    with the state, T and A with what is written (lower halves), and the update.
+    """
     per_chunk = CHUNK * CHUNK * key_dim + CHUNK**3 // 6 + 2 * CHUNK * key_dim * value_dim
     per_chunk += CHUNK * CHUNK * value_dim + CHUNK * key_dim * value_dim
     return math.ceil(tokens / CHUNK) * value_heads * per_chunk
@@ -106,7 +107,8 @@ def rule_inputs(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     qkv = torch.randn(1, TOKENS, CONV_CHANNELS, device=device).to(dtype)
     key_width = KEY_HEADS * HEAD_DIM
     query, key, value = (
-        part.unflatten(-1, (-1, HEAD_DIM)) for part in qkv.split([key_width, key_width, VALUE_HEADS * HEAD_DIM], -1)
+        part.unflatten(-1, (-1, HEAD_DIM))
+        for part in qkv.split([key_width, key_width, VALUE_HEADS * HEAD_DIM], -1)
     )
     decay = -torch.rand(1, TOKENS, VALUE_HEADS, device=device)
     beta = torch.rand(1, TOKENS, VALUE_HEADS, device=device)
@@ -114,10 +116,12 @@ def rule_inputs(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     return query, key, value, decay, beta, state
 
 
-def time_rule(kernels: Kernels, dtype: torch.dtype, device: torch.device, rates: dict[str, float]) -> list[Time]:
+def time_rule(
+    kernels: Kernels, dtype: torch.dtype, device: torch.device, rates: dict[str, float]
+) -> list[Time]:
     name = str(dtype).removeprefix("torch.")
     inputs = rule_inputs(dtype, device)
-    query, key, value, decay, beta, state = inputs
+    _query, _key, value, _decay, _beta, state = inputs
     output, new_state = torch.empty(value.shape, dtype=dtype, device=device), torch.empty_like(state)
     workspace = torch.empty(
         kernels.gated_delta_rule_workspace(1, TOKENS, VALUE_HEADS), dtype=torch.uint8, device=device
@@ -127,7 +131,7 @@ def time_rule(kernels: Kernels, dtype: torch.dtype, device: torch.device, rates:
         kernels.gated_delta_rule(*inputs, output, new_state, workspace, scale=SCALE, key_epsilon=KEY_EPSILON)
 
     moved = sum(t.numel() * t.element_size() for t in (*inputs, output, new_state))
-    products = chunked_products(TOKENS, KEY_HEADS, VALUE_HEADS, HEAD_DIM, HEAD_DIM)
+    products = chunked_products(TOKENS, VALUE_HEADS, HEAD_DIM, HEAD_DIM)
     times = [
         Time(
             "GatedDeltaRule, zreward",
@@ -148,7 +152,11 @@ def time_rule(kernels: Kernels, dtype: torch.dtype, device: torch.device, rates:
 def rivals(dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> list[tuple[str, Callable[[], Tensor]]]:
     """What else computes the rule here, by name; each gives the output [B, S, Hv, Dv]."""
     query, key, value, decay, beta, state = inputs
-    given: dict[str, Any] = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    given: dict[str, Any] = {
+        "initial_state": state,
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+    }
     found: list[tuple[str, Callable[[], Tensor]]] = []
     try:
         from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
@@ -156,7 +164,10 @@ def rivals(dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> list[tuple[str, Ca
         repeats = VALUE_HEADS // KEY_HEADS
         wide = [x.repeat_interleave(repeats, dim=2) for x in (query, key)]
         found.append(
-            ("transformers (torch)", lambda: torch_chunk_gated_delta_rule(*wide, value, decay, beta, **given)[0])
+            (
+                "transformers (torch)",
+                lambda: torch_chunk_gated_delta_rule(*wide, value, decay, beta, **given)[0],
+            )
         )
     except ImportError:
         print("  transformers (with Qwen3.5) is not installed")
@@ -171,7 +182,10 @@ def rivals(dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> list[tuple[str, Ca
             gates = decay.to(torch.float32), beta.to(dtype)
             packed = value.contiguous()
             found.append(
-                ("flash-linear-attention", lambda: chunk_gated_delta_rule(*wide_fla, packed, *gates, **given)[0])
+                (
+                    "flash-linear-attention",
+                    lambda: chunk_gated_delta_rule(*wide_fla, packed, *gates, **given)[0],
+                )
             )
     except ImportError:
         print("  flash-linear-attention is not installed")
@@ -180,7 +194,10 @@ def rivals(dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> list[tuple[str, Ca
 
 def time_conv(kernels: Kernels, dtype: torch.dtype, device: torch.device, rates: dict[str, float]) -> Time:
     input = torch.randn(1, TOKENS, CONV_CHANNELS, device=device).to(dtype)
-    weight, state = torch.randn(CONV_CHANNELS, 4, device=device), torch.randn(1, CONV_CHANNELS, 3, device=device)
+    weight, state = (
+        torch.randn(CONV_CHANNELS, 4, device=device),
+        torch.randn(1, CONV_CHANNELS, 3, device=device),
+    )
     output, new_state = torch.empty_like(input), torch.empty_like(state)
     moved = sum(t.numel() * t.element_size() for t in (input, weight, state, output, new_state))
     samples = measured(lambda: kernels.causal_conv1d(input, weight, state, output, new_state, silu=True))
@@ -203,7 +220,9 @@ def time_head(kernels: Kernels, dtype: torch.dtype, device: torch.device, rates:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("library", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -225,7 +244,12 @@ def main() -> int:
         report = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "shape": {"tokens": TOKENS, "key_heads": KEY_HEADS, "value_heads": VALUE_HEADS, "head_dim": HEAD_DIM},
+            "shape": {
+                "tokens": TOKENS,
+                "key_heads": KEY_HEADS,
+                "value_heads": VALUE_HEADS,
+                "head_dim": HEAD_DIM,
+            },
             "rates": rates,
             "times": [{**asdict(time), "median_ms": time.median_ms} for time in times],
         }

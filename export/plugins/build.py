@@ -55,8 +55,8 @@ def build_plugins(
     """
     if not architectures or min(architectures) < 80:
         raise UsageError(
-            f"architectures are {', '.join(map(str, architectures)) or 'none'}; the kernels need compute capability 8.0 "
-            "(given as 80) or more"
+            f"architectures are {', '.join(map(str, architectures)) or 'none'}; the kernels need compute capability "
+            "8.0 (given as 80) or more"
         )
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; name the folder that the library is put in")
@@ -99,10 +99,14 @@ def _compile(
 
 
 def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if result.returncode:
         lines = [line for line in result.stdout.splitlines() if line.strip()][-_LINES_OF_AN_ERROR:]
-        raise PluginError("the plugins could not be built; `{}` says:\n{}".format(" ".join(command), "\n".join(lines)))
+        raise PluginError(
+            "the plugins could not be built; `{}` says:\n{}".format(" ".join(command), "\n".join(lines))
+        )
 
 
 def _put(built: Path, library: Path, record: PluginRecord) -> None:

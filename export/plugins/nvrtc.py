@@ -61,11 +61,17 @@ def ptx_from_cuda(
         "nvrtcCreateProgram",
     )
     try:
-        options = ["--std=c++17", "--device-as-default-execution-space", f"--gpu-architecture=compute_{architecture}"]
+        options = [
+            "--std=c++17",
+            "--device-as-default-execution-space",
+            f"--gpu-architecture=compute_{architecture}",
+        ]
         options += [f"--define-macro={name}={value}" for name, value in definitions.items()]
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if library.nvrtcCompileProgram(program, len(options), given):
-            raise PluginError(f"{source}: NVRTC refuses this source:\n{_text(program, 'ProgramLog').decode()}")
+            raise PluginError(
+                f"{source}: NVRTC refuses this source:\n{_text(program, 'ProgramLog').decode()}"
+            )
         return _text(program, "PTX")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

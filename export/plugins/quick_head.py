@@ -1,9 +1,9 @@
 """The score head as a Python plugin of TensorRT, for people without a C++ compiler.
 
-TensorRT's "quick" plugins take PTX and launch it by themselves, ahead of time: an engine with this head holds the code,
-and runs where neither Python nor zreward is. They launch one kernel, and hand over tensors and 32-bit integers alone; so
-the norm's epsilon and the type of the hidden states are compiled in, by NVRTC. CausalConv1d and GatedDeltaRule run their
-bodies then.
+TensorRT's "quick" plugins take PTX and launch it by themselves, ahead of time: an engine with this head holds the
+code, and runs where neither Python nor zreward is. They launch one kernel, and hand over tensors and 32-bit integers
+alone; so the norm's epsilon and the type of the hidden states are compiled in, by NVRTC. CausalConv1d and
+GatedDeltaRule run their bodies then.
 
 TensorRT 10.16 and 11 have `tensorrt.plugin`; TensorRT-RTX does not. In 11.1 and 11.2 every new shape loads the kernel
 again and keeps the earlier one (NVIDIA/TensorRT issue 4849): use an optimization profile of few shapes there.
@@ -50,7 +50,10 @@ def quick_head_ptx(hidden_type: int, epsilon: float) -> bytes:
     return ptx_from_cuda(
         _KERNELS / "quick_head.cu",
         architecture=OLDEST,
-        definitions={"ZREWARD_HIDDEN_TYPE": str(hidden_type), "ZREWARD_EPSILON": f"{float(np.float32(epsilon)).hex()}f"},
+        definitions={
+            "ZREWARD_HIDDEN_TYPE": str(hidden_type),
+            "ZREWARD_EPSILON": f"{float(np.float32(epsilon)).hex()}f",
+        },
         headers=[_KERNELS / name for name in _HEADERS],
     )
 
@@ -70,8 +73,8 @@ def register_quick_head(tensorrt: Any) -> None:
         plugin = importlib.import_module(f"{tensorrt.__name__}.plugin")
     except ImportError:
         raise PluginError(
-            f"{tensorrt.__name__} {tensorrt.__version__} has no Python plugins (tensorrt.plugin); build the plugin library "
-            "with `zreward plugins build`, or go without plugins"
+            f"{tensorrt.__name__} {tensorrt.__version__} has no Python plugins (tensorrt.plugin); build "
+            "the plugin library with `zreward plugins build`, or go without plugins"
         ) from None
     types = {tensorrt.float32: 0, tensorrt.float16: 1, tensorrt.bfloat16: 2}
 
@@ -93,7 +96,9 @@ def register_quick_head(tensorrt: Any) -> None:
         tactic: Any,
     ) -> Any:
         if hidden.dtype not in types:
-            raise PluginError(f"RubricExpectation: hidden is {hidden.dtype}; it must be float32, float16 or bfloat16")
+            raise PluginError(
+                f"RubricExpectation: hidden is {hidden.dtype}; it must be float32, float16 or bfloat16"
+            )
         launch = plugin.KernelLaunchParams()
         launch.grid_x = hidden.shape_expr[0]
         launch.block_x = _THREADS

@@ -48,7 +48,7 @@ def find_toolchain(
     kernels_only: bool = False,
     environment: Mapping[str, str] = os.environ,
 ) -> Toolchain:
-    """Find every tool, in the order of docs/tensorrt.md.
+    """Find every tool, in the order of docs/plugins.md.
 
     Args:
         nvcc: the compiler, where it is not to be looked for.
@@ -63,7 +63,8 @@ def find_toolchain(
     if tuple(int(part) for part in version.split(".")[:2]) < LEAST_CUDA:
         least = ".".join(map(str, LEAST_CUDA))
         raise PluginError(
-            f"{found_nvcc}: nvcc {version} is too old for the architectures of the plugins; CUDA {least} or later is needed"
+            f"{found_nvcc}: nvcc {version} is too old for the architectures of the plugins; CUDA {least} or "
+            "later is needed"
         )
     cmake = _which("cmake", environment)
     if cmake is None:
@@ -71,7 +72,7 @@ def find_toolchain(
     if _which("c++", environment) is None and "CXX" not in environment:
         raise PluginError(
             "no C++ compiler was found (c++ on PATH, or CXX); install one, for example with `apt-get install g++`. "
-            "The score head alone needs none: see \"without a C++ compiler\" in docs/tensorrt.md"
+            'The score head alone needs none: see "without a C++ compiler" in docs/plugins.md'
         )
     include = None if kernels_only else find_tensorrt_include(tensorrt, environment)
     return Toolchain(found_nvcc, version, cmake, include)
@@ -135,14 +136,18 @@ def find_tensorrt_include(given: Path | None, environment: Mapping[str, str] = o
         if value:
             found = _header_folder([Path(value), Path(value) / "include"])
             if found is None:
-                raise PluginError(f"{value}: neither this folder, which {name} names, nor its include/ has {HEADER}")
+                raise PluginError(
+                    f"{value}: neither this folder, which {name} names, nor its include/ has {HEADER}"
+                )
             return found
     found = _header_folder(map(Path, _HEADER_FOLDERS))
     if found is None:
         raise PluginError(
-            f"TensorRT's C++ headers ({HEADER}) were not found (--tensorrt, TENSORRT_ROOT, {', '.join(_HEADER_FOLDERS)}). "
-            "Its pip packages have none: take them from TensorRT's Debian, tar or container release, or from the folder "
-            "include/ of github.com/NVIDIA/TensorRT at the tag of your version, and name the folder with --tensorrt"
+            f"TensorRT's C++ headers ({HEADER}) were not found (--tensorrt, TENSORRT_ROOT, "
+            f"{', '.join(_HEADER_FOLDERS)}). "
+            "Its pip packages have none: take them from TensorRT's Debian, tar or container release, or from the "
+            "folder include/ of github.com/NVIDIA/TensorRT at the tag of your version, and name the folder with "
+            "--tensorrt"
         )
     return found
 

@@ -1,7 +1,7 @@
 // As much of TensorRT as it takes to use a plugin library: it loads one, makes plugins and asks them, for tests.
 //
-// A library of C functions, so that the tests themselves are Python. Each answers 0 or a number that it is asked for, and
-// a negative number where the plugin or the host refused; host_messages() then has what the plugins logged.
+// A library of C functions, so that the tests themselves are Python. Each answers 0 or a number that it is asked for,
+// and a negative number where the plugin or the host refused; host_messages() then has what the plugins logged.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -56,7 +56,9 @@ struct Builder final : IExprBuilder, apiv::VExprBuilder {
     if (first.constant && second.constant) return constant(first.value * second.value);
     return make(false, 0, first.shown + "*" + second.shown);
   }
-  const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override { return nullptr; }
+  const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override {
+    return nullptr;
+  }
   std::vector<std::unique_ptr<Size>> sizes;
 };
 
@@ -81,8 +83,8 @@ struct Plugin {
 std::string text_of(const Size& size) { return size.shown; }
 
 // Tensors as the callers give them: types, ranks, and the sizes of all axes in a row, −1 for one that is not known.
-std::vector<DynamicPluginTensorDesc> tensors(int count, const int32_t* types, const int32_t* ranks, const int64_t* sizes,
-                                             TensorFormat format = TensorFormat::kLINEAR) {
+std::vector<DynamicPluginTensorDesc> tensors(int count, const int32_t* types, const int32_t* ranks,
+                                             const int64_t* sizes, TensorFormat format = TensorFormat::kLINEAR) {
   std::vector<DynamicPluginTensorDesc> made(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) {
     DynamicPluginTensorDesc& tensor = made[static_cast<size_t>(i)];
@@ -143,7 +145,8 @@ int host_load(const char* path) {
 const char* host_creator(int index) {
   static std::string shown;
   IPluginCreatorV3One* creator = loaded.at(index);
-  shown = std::string(creator->getPluginName()) + " " + creator->getPluginVersion() + " " + creator->getPluginNamespace();
+  shown =
+      std::string(creator->getPluginName()) + " " + creator->getPluginVersion() + " " + creator->getPluginNamespace();
   const PluginFieldCollection* fields = creator->getFieldNames();
   for (int32_t i = 0; i < fields->nbFields; ++i)
     shown += " " + std::string(fields->fields[i].name) + ":" + std::to_string(static_cast<int>(fields->fields[i].type));
@@ -154,7 +157,8 @@ const char* host_creator(int index) {
 Plugin* host_create(int index, int phase, int count, const char* const* names, const int32_t* types,
                     const int32_t* lengths, const void* const* data) {
   std::vector<PluginField> fields;
-  for (int i = 0; i < count; ++i) fields.emplace_back(names[i], data[i], static_cast<PluginFieldType>(types[i]), lengths[i]);
+  for (int i = 0; i < count; ++i)
+    fields.emplace_back(names[i], data[i], static_cast<PluginFieldType>(types[i]), lengths[i]);
   PluginFieldCollection collection;
   collection.nbFields = count;
   collection.fields = fields.data();
@@ -162,7 +166,8 @@ Plugin* host_create(int index, int phase, int count, const char* const* names, c
   if (made == nullptr) return nullptr;
   auto plugin = std::make_unique<Plugin>(made);
   const bool complete = has_kind(made, "PLUGIN") && has_kind(plugin->core, "PLUGIN_V3ONE_CORE") &&
-                        has_kind(plugin->build, "PLUGIN_V3ONE_BUILD") && has_kind(plugin->runtime, "PLUGIN_V3ONE_RUNTIME");
+                        has_kind(plugin->build, "PLUGIN_V3ONE_BUILD") &&
+                        has_kind(plugin->runtime, "PLUGIN_V3ONE_RUNTIME");
   return complete ? plugin.release() : nullptr;
 }
 
@@ -228,7 +233,8 @@ const char* host_output_shapes(Plugin* plugin, int n_inputs, const int32_t* rank
 int host_output_types(Plugin* plugin, int n_inputs, const int32_t* input_types, int32_t* output_types) {
   std::vector<DataType> inputs, outputs(static_cast<size_t>(plugin->build->getNbOutputs()));
   for (int i = 0; i < n_inputs; ++i) inputs.push_back(static_cast<DataType>(input_types[i]));
-  if (plugin->build->getOutputDataTypes(outputs.data(), static_cast<int32_t>(outputs.size()), inputs.data(), n_inputs) != 0)
+  if (plugin->build->getOutputDataTypes(outputs.data(), static_cast<int32_t>(outputs.size()), inputs.data(),
+                                        n_inputs) != 0)
     return -1;
   for (size_t i = 0; i < outputs.size(); ++i) output_types[i] = static_cast<int32_t>(outputs[i]);
   return static_cast<int>(outputs.size());
@@ -253,8 +259,8 @@ int64_t host_workspace(Plugin* plugin, int n_inputs, const int32_t* types, const
   for (auto& tensor : inputs)
     for (int axis = 0; axis < tensor.desc.dims.nbDims; ++axis) tensor.desc.dims.d[axis] = tensor.min.d[axis] = -1;
   const std::vector<DynamicPluginTensorDesc> outputs(static_cast<size_t>(plugin->build->getNbOutputs()));
-  return static_cast<int64_t>(plugin->build->getWorkspaceSize(inputs.data(), n_inputs, outputs.data(),
-                                                              static_cast<int32_t>(outputs.size())));
+  return static_cast<int64_t>(
+      plugin->build->getWorkspaceSize(inputs.data(), n_inputs, outputs.data(), static_cast<int32_t>(outputs.size())));
 }
 
 // Shape change, then the kernels on a null stream: only for libraries on emulated kernels.

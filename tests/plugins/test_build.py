@@ -107,7 +107,10 @@ def test_a_host_makes_every_plugin_of_it(library: PluginLibrary, emulated: Path)
     """The library as users get it, on a machine without a GPU: nothing of CUDA runs before a kernel does."""
     host = Host(emulated / "libhost.so", library.path)
     assert [creator.name for creator in host.creators] == list(OPERATORS)
-    rule = host.create("GatedDeltaRule", [("key_heads", 5, 2), ("value_heads", 5, 4), ("scale", 1, 0.1), ("key_epsilon", 1, 0)])
+    rule = host.create(
+        "GatedDeltaRule",
+        [("key_heads", 5, 2), ("value_heads", 5, 4), ("scale", 1, 0.1), ("key_epsilon", 1, 0)],
+    )
     again = host.create("GatedDeltaRule", rule.serialize(), phase=1)
     assert again.serialize() == rule.serialize()
     assert again.output_shapes([(1, 3, 288), (1, 3, 4), (1, 3, 4), (1, 4, 32, 40)])[0] == ["1", "3", "160"]
@@ -118,7 +121,16 @@ def test_check_on_the_command_line(library: PluginLibrary, cli: Cli) -> None:
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
     assert shown["path"] == str(library.path)
-    assert PluginRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in shown.items() if k in asdict(library.record)}) == library.record
+    assert (
+        PluginRecord(
+            **{
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in shown.items()
+                if k in asdict(library.record)
+            }
+        )
+        == library.record
+    )
     result = cli("plugins", "check", library.path)
     assert "RubricExpectation, CausalConv1d, GatedDeltaRule" in result.stdout
     assert "compute capability 8.0, 9.0, 12.0" in result.stdout
@@ -168,7 +180,7 @@ def test_a_file_that_is_no_library_of_ours_is_refused(tmp_path: Path) -> None:
 def test_a_record_that_claims_something_else_is_noticed(altered: Path) -> None:
     record = PluginLibrary.open(altered).record
     write_record(altered, PluginRecord(**{**asdict(record), "tensorrt": "9.0.0"}))
-    with pytest.raises(PluginError, match="the library says it is .*, its record says .*9.0.0"):
+    with pytest.raises(PluginError, match=r"the library says it is .*, its record says .*9.0.0"):
         PluginLibrary.open(altered).check_contents()
 
 
@@ -184,16 +196,25 @@ class Registry:
         return object()
 
     def get_creator(self, name: str, version: str, namespace: str) -> str | None:
-        return name if self.loaded and name in self.found and (version, namespace) == (VERSION, NAMESPACE) else None
+        return (
+            name
+            if self.loaded and name in self.found and (version, namespace) == (VERSION, NAMESPACE)
+            else None
+        )
 
 
 def module(registry: Registry, version: str, name: str) -> Any:
-    return SimpleNamespace(__name__=name, __version__=version, get_plugin_registry=lambda: registry)
+    network = SimpleNamespace(add_plugin_v3=None)
+    return SimpleNamespace(
+        __name__=name, __version__=version, get_plugin_registry=lambda: registry, INetworkDefinition=network
+    )
 
 
 def test_it_is_loaded_into_a_registry_once(library: PluginLibrary) -> None:
     registry = Registry(OPERATORS)
-    tensorrt = module(registry, f"{str(library.record.tensorrt).split('.')[0]}.4.0.1", "tensorrt_of_this_test")
+    tensorrt = module(
+        registry, f"{str(library.record.tensorrt).split('.')[0]}.4.0.1", "tensorrt_of_this_test"
+    )
     assert library.load(tensorrt) is library.load(tensorrt)
     assert registry.loaded == [str(library.path)]
 
@@ -201,14 +222,24 @@ def test_it_is_loaded_into_a_registry_once(library: PluginLibrary) -> None:
 def test_another_major_version_is_not_loaded(library: PluginLibrary) -> None:
     """The binary layout of the interfaces differs: a call through it would end the process."""
     registry = Registry(OPERATORS)
-    with pytest.raises(PluginError, match="built for TensorRT .*, but TensorRT 7.2.3 is installed"):
+    with pytest.raises(PluginError, match=r"built for TensorRT .*, but TensorRT 7.2.3 is installed"):
         library.load(module(registry, "7.2.3", "tensorrt"))
+    assert registry.loaded == []
+
+
+def test_a_tensorrt_without_plugins_is_refused(library: PluginLibrary) -> None:
+    """TensorRT-RTX: its registry would take the library, and its parser would end the process."""
+    registry = Registry(OPERATORS)
+    rtx = module(registry, "1.7.1.116", "tensorrt_rtx")
+    rtx.INetworkDefinition = SimpleNamespace()
+    with pytest.raises(PluginError, match=r"tensorrt_rtx 1.7.1.116 has no plugins in its networks; go without"):
+        library.load(rtx)
     assert registry.loaded == []
 
 
 def test_a_registry_that_takes_only_some_is_an_error(library: PluginLibrary) -> None:
     registry = Registry(OPERATORS[:2])
-    with pytest.raises(PluginError, match="does not take this library .no plugin for GatedDeltaRule"):
+    with pytest.raises(PluginError, match=r"does not take this library .no plugin for GatedDeltaRule"):
         library.load(module(registry, str(library.record.tensorrt), "tensorrt_that_refuses"))
 
 
@@ -251,7 +282,7 @@ def test_tools_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     def find() -> toolchain.Toolchain:
         return toolchain.find_toolchain(environment=environment)
 
-    with pytest.raises(PluginError, match="nvcc was not found .*zreward\\[plugins\\]"):
+    with pytest.raises(PluginError, match=r"nvcc was not found .*zreward\[plugins\]"):
         find()
     nvcc = fake_nvcc(tmp_path)
     with pytest.raises(PluginError, match="CMake was not found"):
@@ -260,14 +291,18 @@ def test_tools_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     with pytest.raises(PluginError, match="no C\\+\\+ compiler was found"):
         find()
     script(tmp_path / "c++", "true")
-    with pytest.raises(PluginError, match="TensorRT's C\\+\\+ headers \\(NvInferRuntime.h\\) were not found"):
+    with pytest.raises(PluginError, match=r"TensorRT's C\+\+ headers \(NvInferRuntime\.h\) were not found"):
         find()
     environment["TENSORRT_ROOT"] = str(tmp_path)
-    with pytest.raises(PluginError, match="which TENSORRT_ROOT names, nor its include/ has NvInferRuntime.h"):
+    with pytest.raises(
+        PluginError, match=r"which TENSORRT_ROOT names, nor its include/ has NvInferRuntime.h"
+    ):
         find()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "NvInferRuntime.h").touch()
-    assert find() == toolchain.Toolchain(nvcc, "13.0.88", tmp_path / "cmake", (tmp_path / "include").resolve())
+    assert find() == toolchain.Toolchain(
+        nvcc, "13.0.88", tmp_path / "cmake", (tmp_path / "include").resolve()
+    )
 
 
 def test_where_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -290,7 +325,7 @@ def test_where_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_an_old_nvcc_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PluginError, match="nvcc 12.4.131 is too old"):
+    with pytest.raises(PluginError, match=r"nvcc 12.4.131 is too old"):
         toolchain.find_toolchain(nvcc=fake_nvcc(tmp_path, "12.4.131"), kernels_only=True)
 
 
@@ -319,9 +354,9 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
 
 
 def test_calls_that_cannot_be_carried_out(tmp_path: Path, cli: Cli) -> None:
-    with pytest.raises(UsageError, match="the kernels need compute capability 8.0"):
+    with pytest.raises(UsageError, match=r"the kernels need compute capability 8.0"):
         build_plugins(tmp_path, architectures=(75, 90))
-    with pytest.raises(UsageError, match="the kernels need compute capability 8.0"):
+    with pytest.raises(UsageError, match=r"the kernels need compute capability 8.0"):
         build_plugins(tmp_path, architectures=())
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file; name the folder"):

@@ -31,7 +31,9 @@ def kernels(emulated: Path) -> Kernels:
     return Kernels(emulated / "libkernels.so")
 
 
-@pytest.mark.parametrize(("operator", "count"), [("RubricExpectation", 90), ("CausalConv1d", 90), ("GatedDeltaRule", 45)])
+@pytest.mark.parametrize(
+    ("operator", "count"), [("RubricExpectation", 90), ("CausalConv1d", 90), ("GatedDeltaRule", 45)]
+)
 def test_random_calls_match_float64(kernels: Kernels, operator: str, count: int) -> None:
     before = kernels.library.emulator_waits()
     outcomes = cases.run_cases(kernels, operator, count, CPU, seed=3, most_work=MOST_WORK)
@@ -68,7 +70,9 @@ def test_a_state_of_a_million_does_not_disturb_small_numbers_of_others(kernels: 
         assert torch.equal(a[0], b[0])
 
 
-def _rule_outputs(kernels: Kernels, rng: random.Random, *, scale_of_last: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _rule_outputs(
+    kernels: Kernels, rng: random.Random, *, scale_of_last: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and new state of two rows; the second one's state is scaled."""
     query, key, value = (cases.normal(rng, 2, 70, 1, dim, device=CPU) for dim in (32, 32, 32))
     decay = -cases.normal(rng, 2, 70, 1, device=CPU).abs()
@@ -110,10 +114,13 @@ def test_infinite_and_not_a_number_stay_visible(kernels: Kernels) -> None:
 
 
 REFUSED = {
-    "rule, head of 12": ("GatedDeltaRule: key_dim is 12; multiples of 8 from 8 to 256 are taken", dict(key_dim=12)),
-    "rule, head of 264": ("GatedDeltaRule: value_dim is 264", dict(value_dim=264)),
-    "rule, heads": ("GatedDeltaRule: 2 value heads are no multiple of 3 key heads", dict(key_heads=3)),
-    "rule, states": ("GatedDeltaRule: 2 states cannot serve a batch of 3 rows", dict(batch=3, states=2)),
+    "rule, head of 12": (
+        "GatedDeltaRule: key_dim is 12; multiples of 8 from 8 to 256 are taken",
+        {"key_dim": 12},
+    ),
+    "rule, head of 264": ("GatedDeltaRule: value_dim is 264", {"value_dim": 264}),
+    "rule, heads": ("GatedDeltaRule: 2 value heads are no multiple of 3 key heads", {"key_heads": 3}),
+    "rule, states": ("GatedDeltaRule: 2 states cannot serve a batch of 3 rows", {"batch": 3, "states": 2}),
 }
 
 
@@ -165,7 +172,9 @@ def test_the_emulator_rounds_as_ieee_754_says(kernels: Kernels) -> None:
     finite = np.sort(halves[np.isfinite(halves)])
     rng = np.random.default_rng(0)
     middles = rng.choice((finite[:-1] + finite[1:]) / 2, 2000)
-    numbers = np.concatenate([middles, rng.normal(size=2000) * 10.0 ** rng.integers(-9, 6, 2000), [65519.9, 65520.0]])
+    numbers = np.concatenate(
+        [middles, rng.normal(size=2000) * 10.0 ** rng.integers(-9, 6, 2000), [65519.9, 65520.0]]
+    )
     numbers = numbers.astype(np.float32)
     with np.errstate(over="ignore"):
         expected = numbers.astype(np.float16).view(np.uint16)

@@ -29,7 +29,7 @@ from tests.support.plugins import (
     Field,
     Host,
     Plugin,
-    Refused,
+    RefusedError,
 )
 from zreward.plugins import NAMESPACE, OPERATORS, VERSION, described
 
@@ -88,9 +88,9 @@ def test_the_library_has_a_creator_for_each_operator(host: Host) -> None:
 def test_the_library_says_the_same_without_a_host(host: Host, emulated: Path) -> None:
     said = described(emulated / "libplugins.so")
     assert re.fullmatch(r"\d+\.\d+\.\d+", said["tensorrt"])
-    assert [
-        (p["name"], p["version"], p["namespace"], p["attributes"]) for p in said["plugins"]
-    ] == [(c.name, c.version, c.namespace, list(c.attributes)) for c in host.creators]
+    assert [(p["name"], p["version"], p["namespace"], p["attributes"]) for p in said["plugins"]] == [
+        (c.name, c.version, c.namespace, list(c.attributes)) for c in host.creators
+    ]
     assert described(emulated / "libkernels.so")["plugins"] == []
 
 
@@ -99,7 +99,11 @@ def test_the_reference_lists_the_same_tensors_and_attributes(host: Host) -> None
     text = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
     for creator in host.creators:
         section = text.split(f"### {creator.name}\n")[1].split("\n### ")[0]
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in section.splitlines()
+            if "|" in line
+        ]
         attributes = [row[1].strip("`") for row in rows if row[0] == "attribute"]
         assert attributes == list(creator.attributes), creator.name
         assert len([row for row in rows if row[0].startswith("in ")]) == len(SHAPES[creator.name])
@@ -131,12 +135,23 @@ def test_copies_are_of_their_own(operator: str, host: Host) -> None:
 
 def test_wider_types_of_attributes_are_taken(host: Host) -> None:
     """Parsers give integers of 64 bits as well."""
-    fields = [("key_heads", FIELD_INT64, 2), ("value_heads", FIELD_INT64, 4), ("scale", FIELD_FLOAT64, 0.125), RULE[3]]
-    assert host.create("GatedDeltaRule", fields).serialize() == host.create("GatedDeltaRule", RULE).serialize()
+    fields = [
+        ("key_heads", FIELD_INT64, 2),
+        ("value_heads", FIELD_INT64, 4),
+        ("scale", FIELD_FLOAT64, 0.125),
+        RULE[3],
+    ]
+    assert (
+        host.create("GatedDeltaRule", fields).serialize() == host.create("GatedDeltaRule", RULE).serialize()
+    )
 
 
 def test_attributes_that_choose_the_plugin_are_ignored(host: Host) -> None:
-    fields = [*HEAD, ("plugin_version", FIELD_CHAR, list("1")), ("plugin_namespace", FIELD_CHAR, list("zreward"))]
+    fields = [
+        *HEAD,
+        ("plugin_version", FIELD_CHAR, list("1")),
+        ("plugin_namespace", FIELD_CHAR, list("zreward")),
+    ]
     assert [name for name, _, _ in host.create("RubricExpectation", fields).serialize()] == ["epsilon"]
 
 
@@ -148,7 +163,11 @@ def changed(fields: Sequence[Field], name: str, *replacement: Field) -> list[Fie
 WRONG: dict[str, tuple[str, list[Field], str]] = {
     "missing": ("GatedDeltaRule", changed(RULE, "scale"), "GatedDeltaRule: attribute scale is missing"),
     "none": ("RubricExpectation", [], "RubricExpectation: attribute epsilon is missing"),
-    "unknown": ("CausalConv1d", [("dilation", FIELD_INT32, 2)], "CausalConv1d: there is no attribute dilation"),
+    "unknown": (
+        "CausalConv1d",
+        [("dilation", FIELD_INT32, 2)],
+        "CausalConv1d: there is no attribute dilation",
+    ),
     "twice": ("RubricExpectation", [*HEAD, *HEAD], "RubricExpectation: attribute epsilon is given twice"),
     "an integer for a float": (
         "RubricExpectation",
@@ -198,7 +217,7 @@ WRONG: dict[str, tuple[str, list[Field], str]] = {
 def test_wrong_attributes_are_refused(
     host: Host, operator_name: str, fields: list[Field], message: str, phase: int
 ) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusedError) as refused:
         host.create(operator_name, fields, phase=phase)
     assert str(refused.value).startswith(f"error: {message}")
     assert str(refused.value).count("\n") == 1
@@ -225,22 +244,59 @@ def test_output_shapes_of_unknown_sizes(host: Host) -> None:
 
 WRONG_SHAPES: dict[str, tuple[str, int, tuple[int, ...], str]] = {
     "head, rank": ("RubricExpectation", 0, (6, 1, 96), "hidden has shape [6, 1, 96]; 2 axes are expected"),
-    "head, width": ("RubricExpectation", 2, (9, 64), "score_rows has shape [9, 64]; its axis 1 must have 96 elements, as"),
-    "head, rows": ("RubricExpectation", 3, (5,), "temperature has shape [5]; its axis 0 must have 6 elements, as that of hidden"),
-    "head, bins": ("RubricExpectation", 4, (8,), "bins has shape [8]; its axis 0 must have 9 elements, as that of score_rows"),
+    "head, width": (
+        "RubricExpectation",
+        2,
+        (9, 64),
+        "score_rows has shape [9, 64]; its axis 1 must have 96 elements, as",
+    ),
+    "head, rows": (
+        "RubricExpectation",
+        3,
+        (5,),
+        "temperature has shape [5]; its axis 0 must have 6 elements, as that of hidden",
+    ),
+    "head, bins": (
+        "RubricExpectation",
+        4,
+        (8,),
+        "bins has shape [8]; its axis 0 must have 9 elements, as that of score_rows",
+    ),
     "conv, taps": ("CausalConv1d", 1, (16, 3), "the state holds 3 inputs; a kernel of width 3 needs 2"),
     "conv, wide": ("CausalConv1d", 1, (16, 5), "the kernel has width 5; 2 to 4 are taken"),
     "conv, states": ("CausalConv1d", 2, (4, 16, 3), "4 states cannot serve 6 rows"),
     "conv, no state": ("CausalConv1d", 2, (0, 16, 3), "0 states cannot serve 6 rows"),
-    "rule, channels": ("GatedDeltaRule", 0, (6, 5, 256), "qkv has 256 channels; 2 key heads of 32 and 4 value heads of 40 need 288"),
-    "rule, tokens": ("GatedDeltaRule", 1, (6, 4, 4), "decay has shape [6, 4, 4]; its axis 1 must have 5 elements, as that of qkv"),
-    "rule, heads": ("GatedDeltaRule", 3, (3, 5, 32, 40), "state has shape [3, 5, 32, 40]; its axis 1 must have 4 elements"),
-    "rule, head": ("GatedDeltaRule", 3, (3, 4, 32, 264), "heads of values have 264 elements; multiples of 8 up to 256"),
+    "rule, channels": (
+        "GatedDeltaRule",
+        0,
+        (6, 5, 256),
+        "qkv has 256 channels; 2 key heads of 32 and 4 value heads of 40 need 288",
+    ),
+    "rule, tokens": (
+        "GatedDeltaRule",
+        1,
+        (6, 4, 4),
+        "decay has shape [6, 4, 4]; its axis 1 must have 5 elements, as that of qkv",
+    ),
+    "rule, heads": (
+        "GatedDeltaRule",
+        3,
+        (3, 5, 32, 40),
+        "state has shape [3, 5, 32, 40]; its axis 1 must have 4 elements",
+    ),
+    "rule, head": (
+        "GatedDeltaRule",
+        3,
+        (3, 4, 32, 264),
+        "heads of values have 264 elements; multiples of 8 up to 256",
+    ),
     "rule, states": ("GatedDeltaRule", 3, (4, 4, 32, 40), "4 states cannot serve 6 rows"),
 }
 
 
-@pytest.mark.parametrize(("operator_name", "index", "shape", "message"), WRONG_SHAPES.values(), ids=WRONG_SHAPES)
+@pytest.mark.parametrize(
+    ("operator_name", "index", "shape", "message"), WRONG_SHAPES.values(), ids=WRONG_SHAPES
+)
 def test_wrong_shapes_are_refused(
     host: Host, operator_name: str, index: int, shape: tuple[int, ...], message: str
 ) -> None:
@@ -254,18 +310,18 @@ def test_wrong_shapes_are_refused(
         lambda: plugin.configure(types, shapes),
         lambda: plugin.run(types, [np.zeros(s, np.float32) for s in shapes], []),
     ):
-        with pytest.raises(Refused, match=re.escape(f"error: {operator_name}: {message}")):
+        with pytest.raises(RefusedError, match=re.escape(f"error: {operator_name}: {message}")):
             attempt()
 
 
 def test_a_wrong_number_of_heads_is_refused(host: Host) -> None:
     shapes = [(6, 5, 2 * 2 * 32 + 8 * 40), (6, 5, 8), (6, 5, 8), (3, 8, 32, 40)]
-    with pytest.raises(Refused, match="value_heads is 4, but state, decay or beta has 8 heads"):
+    with pytest.raises(RefusedError, match="value_heads is 4, but state, decay or beta has 8 heads"):
         host.create("GatedDeltaRule", RULE).output_shapes(shapes)
 
 
 def test_a_wrong_number_of_inputs_is_refused(host: Host) -> None:
-    with pytest.raises(Refused, match="CausalConv1d: there are 2 inputs and 2 outputs; it has 3 and 2"):
+    with pytest.raises(RefusedError, match="CausalConv1d: there are 2 inputs and 2 outputs; it has 3 and 2"):
         host.create("CausalConv1d", []).output_shapes(SHAPES["CausalConv1d"][:2])
 
 
@@ -278,7 +334,9 @@ def test_workspace_grows_with_the_profile(host: Host) -> None:
     types = types_of("GatedDeltaRule", BF16)
 
     def bytes_of(batch: int, tokens: int) -> int:
-        return rule.workspace(types, [(batch, tokens, 288), (batch, tokens, 4), (batch, tokens, 4), (1, 4, 32, 40)])
+        return rule.workspace(
+            types, [(batch, tokens, 288), (batch, tokens, 4), (batch, tokens, 4), (1, 4, 32, 40)]
+        )
 
     assert 0 < bytes_of(1, 1) == bytes_of(1, 64) < bytes_of(1, 65)
     assert bytes_of(4, 1100) == 4 * 18 * bytes_of(1, 64)
@@ -305,10 +363,10 @@ def test_types_that_are_taken(operator: str, plugin: Plugin, computed: int) -> N
 
 def test_types_that_are_refused(operator: str, plugin: Plugin) -> None:
     types = types_of(operator, INT32)
-    with pytest.raises(Refused, match="float32, float16 or bfloat16 is expected"):
+    with pytest.raises(RefusedError, match="float32, float16 or bfloat16 is expected"):
         plugin.output_types(types)
     types = [HALF, HALF, *types[2:]]
-    with pytest.raises(Refused, match=f"{operator}: .* float32 is expected"):
+    with pytest.raises(RefusedError, match=f"{operator}: .* float32 is expected"):
         plugin.output_types(types)
 
 
@@ -341,7 +399,10 @@ def expected_outputs(operator: str, inputs: list[torch.Tensor]) -> list[torch.Te
     if operator == "CausalConv1d":
         return list(references.causal_conv1d(*inputs, silu=True))
     qkv, decay, beta, state = inputs
-    query, key, value = (part.unflatten(-1, (-1, dim)) for part, dim in zip(qkv.split([64, 64, 160], -1), (32, 32, 40)))
+    query, key, value = (
+        part.unflatten(-1, (-1, dim))
+        for part, dim in zip(qkv.split([64, 64, 160], -1), (32, 32, 40), strict=True)
+    )
     output, new_state = references.gated_delta_rule(
         query, key, value, decay, beta, state, scale=0.125, key_epsilon=1e-6
     )
@@ -373,7 +434,11 @@ def test_enqueue_computes_the_operator(
 
 
 def run_on_tensors(
-    plugin: Plugin, types: list[int], inputs: list[torch.Tensor], outputs: list[torch.Tensor], workspace: torch.Tensor
+    plugin: Plugin,
+    types: list[int],
+    inputs: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    workspace: torch.Tensor,
 ) -> None:
     """numpy has no bfloat16, so tensors of 16 bits go as integers."""
 
@@ -389,5 +454,7 @@ def test_a_kernel_that_refuses_says_why(host: Host) -> None:
     inputs = tensor_inputs("CausalConv1d", torch.float32)
     shifted = torch.zeros(6 * 5 * 16 + 1)[1:].view(6, 5, 16)
     outputs = [torch.zeros(shape) for shape in OUTPUTS["CausalConv1d"]]
-    with pytest.raises(Refused, match="CausalConv1d: input is null or does not begin at a multiple of 16 bytes"):
+    with pytest.raises(
+        RefusedError, match="CausalConv1d: input is null or does not begin at a multiple of 16 bytes"
+    ):
         run_on_tensors(conv, types_of("CausalConv1d", FLOAT), [shifted, *inputs[1:]], outputs, torch.zeros(4))

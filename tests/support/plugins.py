@@ -28,7 +28,13 @@ KERNELS = ("rubric_expectation.cu", "causal_conv1d.cu", "gated_delta_rule.cu")
 FLOAT, HALF, INT32, BF16 = 0, 1, 3, 7
 FIELD_FLOAT32, FIELD_FLOAT64, FIELD_INT32, FIELD_CHAR, FIELD_INT64 = 1, 2, 5, 6, 10
 
-_FIELD_TYPES = {FIELD_FLOAT32: "<f4", FIELD_FLOAT64: "<f8", FIELD_INT32: "<i4", FIELD_INT64: "<i8", FIELD_CHAR: "S1"}
+_FIELD_TYPES = {
+    FIELD_FLOAT32: "<f4",
+    FIELD_FLOAT64: "<f8",
+    FIELD_INT32: "<i4",
+    FIELD_INT64: "<i8",
+    FIELD_CHAR: "S1",
+}
 
 
 def tensorrt_include() -> Path:
@@ -36,9 +42,7 @@ def tensorrt_include() -> Path:
     return Path(os.environ.get("ZREWARD_TENSORRT_INCLUDE") or STAND_IN)
 
 
-def built_once(
-    factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]
-) -> Path:
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
     """The folder that `build` fills, for all processes of a test run."""
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -65,7 +69,15 @@ def build_emulated(folder: Path) -> None:
     """libkernels.so, libplugins.so and libhost.so: kernels on the emulated GPU, plugins on those, and the host."""
     includes = [f"-I{SOURCES / 'kernels'}", f"-I{EMULATOR}", "-isystem", str(tensorrt_include())]
     # NVIDIA's headers mark what is old, and this compiler marks the kernels' pragmas for another one.
-    flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-deprecated-declarations"]
+    flags = [
+        "-std=c++17",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-deprecated-declarations",
+    ]
     # Fibers leave their stacks by longjmp, which fortified libraries take for an error.
     flags += ["-DZREWARD_EMULATE", "-U_FORTIFY_SOURCE", *includes]
 
@@ -76,6 +88,7 @@ def build_emulated(folder: Path) -> None:
 
     kernels = [compile(SOURCES / "kernels" / name, "-O1", "-x", "c++") for name in KERNELS]
     kernels += [compile(SOURCES / "kernels" / "checks.cpp", "-O1"), compile(EMULATOR / "emulator.cpp", "-O2")]
+    kernels.append(compile(ROOT / "plugins" / "quick_head_host.cpp", "-O1"))
     plugins = [compile(path, "-O1") for path in sorted((SOURCES / "tensorrt").glob("*.cpp"))]
     host = compile(ROOT / "plugins" / "mini_host.cpp", "-O1")
     for name, objects in (("kernels", kernels), ("plugins", kernels + plugins), ("host", [host])):
@@ -102,7 +115,7 @@ class Creator:
     attributes: Mapping[str, int]
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The plugin refused; the text is what it logged."""
 
 
@@ -137,7 +150,7 @@ class Host:
         """A plugin of attributes, as from a model (phase 0) or from an engine (phase 1).
 
         Raises:
-            Refused: with what the creator logged.
+            RefusedError: with what the creator logged.
         """
         index = next(creator.index for creator in self.creators if creator.name == operator)
         values = [np.atleast_1d(np.asarray(value, _FIELD_TYPES[kind])) for _, kind, value in fields]
@@ -152,7 +165,7 @@ class Host:
             (ctypes.c_void_p * count)(*(value.ctypes.data for value in values)),
         )
         if not made:
-            raise Refused(self.messages())
+            raise RefusedError(self.messages())
         return Plugin(self, made)
 
 
@@ -189,14 +202,14 @@ class Plugin:
         """Shapes of the outputs, unknown sizes by the letter of the input axis that they are: a for the first."""
         found = self.host.c.host_output_shapes(self.pointer, len(shapes), *_shapes(shapes))
         if found is None:
-            raise Refused(self.host.messages())
+            raise RefusedError(self.host.messages())
         return [shape.split(",") for shape in found.decode().split(";")]
 
     def output_types(self, types: Sequence[int]) -> list[int]:
         outputs = (ctypes.c_int32 * 8)()
         count = self.host.c.host_output_types(self.pointer, len(types), _int32s(types), outputs)
         if count < 0:
-            raise Refused(self.host.messages())
+            raise RefusedError(self.host.messages())
         return list(outputs[:count])
 
     def supports(self, position: int, types: Sequence[int], n_inputs: int, *, format: int = 0) -> bool:
@@ -208,7 +221,7 @@ class Plugin:
 
     def configure(self, types: Sequence[int], shapes: Sequence[Sequence[int]]) -> None:
         if self.host.c.host_configure(self.pointer, len(shapes), _int32s(types), *_shapes(shapes)):
-            raise Refused(self.host.messages())
+            raise RefusedError(self.host.messages())
 
     def workspace(self, types: Sequence[int], shapes: Sequence[Sequence[int]]) -> int:
         """Bytes for inputs of at most these shapes."""
@@ -222,7 +235,9 @@ class Plugin:
         workspace: NDArray[Any] | None = None,
     ) -> None:
         """Shape change and enqueue on the CPU's memory: for libraries on emulated kernels."""
-        pointers = [(ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays)) for arrays in (inputs, outputs)]
+        pointers = [
+            (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays)) for arrays in (inputs, outputs)
+        ]
         status = self.host.c.host_run(
             self.pointer,
             len(inputs),
@@ -232,7 +247,7 @@ class Plugin:
             ctypes.c_void_p(workspace.ctypes.data if workspace is not None else None),
         )
         if status:
-            raise Refused(self.host.messages())
+            raise RefusedError(self.host.messages())
 
 
 def _int32s(values: Sequence[int]) -> Any:

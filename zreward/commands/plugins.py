@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 def build(
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the library; by default zreward/plugins in the user's cache."),
+        typer.Option(
+            "--output", "-o", help="Folder of the library; by default zreward/plugins in the user's cache."
+        ),
     ] = None,
     tensorrt: Annotated[
-        Path | None, typer.Option(help="TensorRT's folder, or that of its headers; by default it is looked for.")
+        Path | None,
+        typer.Option(help="TensorRT's folder, or that of its headers; by default it is looked for."),
     ] = None,
     nvcc: Annotated[Path | None, typer.Option(help="CUDA compiler; by default it is looked for.")] = None,
     architectures: Annotated[
@@ -50,7 +53,8 @@ def build(
 
 def check(
     library: Annotated[
-        Path | None, typer.Argument(help="Library; by default ZREWARD_PLUGINS, or the one in the user's cache.")
+        Path | None,
+        typer.Argument(help="Library; by default ZREWARD_PLUGINS, or the one in the user's cache."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

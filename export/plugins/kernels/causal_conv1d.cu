@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d(const zreward_causal_c
   const int64_t old_state = (static_cast<int64_t>(old_row) * job.channels + channel) * past;
 
   // Input `token` of the thread's channels, counted from the first new one.
-  auto load = [&](int token, float(&values)[width]) {
+  auto load = [&](int token, float (&values)[width]) {
     if (token >= 0) {
       const Vector<T> vector = load_vector(input + static_cast<int64_t>(token) * job.channels);
 #pragma unroll
@@ -92,7 +92,8 @@ int check(const zreward_causal_conv1d_job& job) {
     return refuse(bad, "CausalConv1d: there are %d tokens; 0 to %d are taken", job.tokens, kMaxBlocks * kRun);
   if (job.channels < 8 || job.channels % 8 != 0)
     return refuse(bad, "CausalConv1d: there are %d channels; multiples of 8 are taken", job.channels);
-  if (job.taps < 2 || job.taps > 4) return refuse(bad, "CausalConv1d: the kernel has width %d; 2 to 4 are taken", job.taps);
+  if (job.taps < 2 || job.taps > 4)
+    return refuse(bad, "CausalConv1d: the kernel has width %d; 2 to 4 are taken", job.taps);
   if (job.states < 0 || (job.states > 0 && job.batch % job.states != 0))
     return refuse(bad, "CausalConv1d: %d states cannot serve a batch of %d rows", job.states, job.batch);
   if (!is_type(job.type) || !is_type(job.weight_type) || !is_type(job.state_type))

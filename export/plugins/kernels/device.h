@@ -28,9 +28,7 @@ __device__ inline void barrier() { __syncthreads(); }
 __device__ inline float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // The value of the lane `distance` below, or the lane's own where there is none.
-__device__ inline double shuffle_up(double value, int distance) {
-  return __shfl_up_sync(0xffffffffu, value, distance);
-}
+__device__ inline double shuffle_up(double value, int distance) { return __shfl_up_sync(0xffffffffu, value, distance); }
 
 __device__ inline float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
@@ -62,11 +60,12 @@ __device__ inline float round_to_tf32(float value) {
 // t = lane % 4 a lane holds a at (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), b at (t, g), (t + 4, g), and sum at
 // (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1): mma.m16n8k8 in the PTX ISA.
 __device__ inline void multiply_add(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(bits_of(a[2])), "r"(bits_of(a[3])),
-                 "r"(bits_of(b[0])), "r"(bits_of(b[1])));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(bits_of(a[2])), "r"(bits_of(a[3])), "r"(bits_of(b[0])),
+        "r"(bits_of(b[1])));
 }
 
 // Reads memory that no kernel writes while this one runs.
@@ -82,8 +81,9 @@ template <typename Job>
 cudaError_t launch(void (*kernel)(Job), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream, Job job) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (status != cudaSuccess) return status;
   }
   void* arguments[] = {&job};

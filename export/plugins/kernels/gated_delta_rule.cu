@@ -1,7 +1,8 @@
 // The gated delta rule in chunks of 64 tokens.
 //
-// With S before a chunk, c_i the sum of the logarithms of the decays up to token i, L_ij = beta_i e^(c_i − c_j) k_i · k_j
-// below the diagonal and A_ij = scale e^(c_i − c_j) q_i · k_j on and below it, what the tokens of the chunk write is
+// With S before a chunk, c_i the sum of the logarithms of the decays up to token i, L_ij = beta_i e^(c_i − c_j) k_i ·
+// k_j below the diagonal and A_ij = scale e^(c_i − c_j) q_i · k_j on and below it, what the tokens of the chunk write
+// is
 //
 //   D = T (V − e^c K S),  T = (I + L)⁻¹ diag(beta),        so that
 //   O = scale e^c Q S + A D,   S ← e^(c_64) S + Σ_i e^(c_64 − c_i) k_i D_iᵀ
@@ -11,9 +12,9 @@
 // columns through the chunks, which is all that has to happen in order; S stays in its registers, in float32.
 //
 // Products are made of 16 × 8 × 8 products of TensorFloat-32 numbers (device.h). The order of the terms of a sum is
-// free, so a lane takes columns that lie side by side in memory for the two that the instruction gives it: operands come
-// from device memory in whole vectors, without a copy in shared memory, and what one product leaves in a lane is what
-// the next one wants there. T and A are kept in that form, as lower triangles of 16 × 8 tiles.
+// free, so a lane takes columns that lie side by side in memory for the two that the instruction gives it: operands
+// come from device memory in whole vectors, without a copy in shared memory, and what one product leaves in a lane is
+// what the next one wants there. T and A are kept in that form, as lower triangles of 16 × 8 tiles.
 //
 // float32 operands are split in two TensorFloat-32 numbers and multiplied three times, which leaves 2⁻²² of error.
 // Operands of 16 bits are such numbers already; T, A, D and the copy of S that is read are rounded to them.
@@ -37,12 +38,12 @@ constexpr int kTriangle = kTiles * (kTiles + 1) * kLaneTile;
 
 // What the first kernel leaves for each chunk of each value head.
 struct Prepared {
-  float transform[kTriangle];      // T
-  float attention[kTriangle];      // A
-  float key_factor[kChunk];        // e^c, over the length of the key
-  float query_factor[kChunk];      // scale e^c, over the length of the query
-  float update_factor[kChunk];     // e^(c_64 − c), over the length of the key
-  float decay;                     // e^(c_64)
+  float transform[kTriangle];   // T
+  float attention[kTriangle];   // A
+  float key_factor[kChunk];     // e^c, over the length of the key
+  float query_factor[kChunk];   // scale e^c, over the length of the query
+  float update_factor[kChunk];  // e^(c_64 − c), over the length of the key
+  float decay;                  // e^(c_64)
   float unused[kChunk - 1];
 };
 
@@ -102,8 +103,8 @@ struct Rows {
 };
 
 template <typename T>
-__device__ Rows<T> rows_of(const void* tensor, int64_t stride, int width, const zreward_gated_delta_rule_job& job, int row,
-                           int chunk, int head) {
+__device__ Rows<T> rows_of(const void* tensor, int64_t stride, int width, const zreward_gated_delta_rule_job& job,
+                           int row, int chunk, int head) {
   const int first = chunk * kChunk;
   const int64_t token = static_cast<int64_t>(row) * job.tokens + first;
   return {static_cast<const T*>(tensor) + token * stride + static_cast<int64_t>(head) * width, stride,
@@ -155,7 +156,8 @@ __device__ void invert(PrepareMemory& memory, int tiles, int thread) {
       float sum = 0.0f;
       if (i > column) {
         if (part == column % 4) sum = memory.lower(i, column);
-        for (int l = column + 1 + ((part - column - 1) & 3); l < i; l += 4) sum += memory.lower(i, l) * memory.inverse(l, column);
+        for (int l = column + 1 + ((part - column - 1) & 3); l < i; l += 4)
+          sum += memory.lower(i, l) * memory.inverse(l, column);
       }
       sum += device::shuffle_xor(sum, 1);
       sum += device::shuffle_xor(sum, 2);
@@ -198,7 +200,8 @@ __global__ void __launch_bounds__(kThreads) prepare(const Rule rule) {
   constexpr int products = products_of<T>, width = Vector<T>::size;
   const zreward_gated_delta_rule_job& job = rule.job;
   auto& memory = *reinterpret_cast<PrepareMemory*>(device::shared_memory());
-  const int chunk = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), row = static_cast<int>(blockIdx.z);
+  const int chunk = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y),
+            row = static_cast<int>(blockIdx.z);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int tile = warp % kTiles, n_columns = 2 * (tile + 1);
   const bool queries = warp >= kTiles;
@@ -210,7 +213,8 @@ __global__ void __launch_bounds__(kThreads) prepare(const Rule rule) {
   const int64_t first_gate = (static_cast<int64_t>(row) * job.tokens + chunk * kChunk) * job.value_heads + head;
 
   if (thread < kChunk)
-    memory.beta[thread] = thread < tokens ? load_any(job.beta, first_gate + thread * job.value_heads, job.beta_type) : 0.0f;
+    memory.beta[thread] =
+        thread < tokens ? load_any(job.beta, first_gate + thread * job.value_heads, job.beta_type) : 0.0f;
   if (warp == kTiles) sum_decays(job, first_gate, tokens, lane, memory);
 
   const int i[2] = {tile * kTile + g, tile * kTile + g + 8};
@@ -335,8 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan(const Rule rule) {
 #pragma unroll
       for (int n = 0; n < columns; ++n)
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-          work(kTile * (warp + 8 * m) + 2 * g + r, 8 * n + 2 * t, state[m][n] + 2 * r);
+        for (int r = 0; r < 2; ++r) work(kTile * (warp + 8 * m) + 2 * g + r, 8 * n + 2 * t, state[m][n] + 2 * r);
   };
   auto publish_state = [&] {
     for_state([&](int key, int column, const float* values) {
@@ -384,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan(const Rule rule) {
 
     if (busy) {
       float read[2][4] = {};
-#pragma unroll (ahead ? slabs : 1)
+#pragma unroll(ahead ? slabs : 1)
       for (int slab = 0; slab < slabs; ++slab) {
         if (4 * slab * width >= job.key_dim) continue;
         if constexpr (!ahead) fetch(chunk, slab, fetched[0]);
@@ -491,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan(const Rule rule) {
     for_state([&](int, int, float* values) {
       for (int k = 0; k < 2; ++k) values[k] *= decay;
     });
-#pragma unroll (ahead ? 2 * kTiles : 1)
+#pragma unroll(ahead ? 2 * kTiles : 1)
     for (int j = 0; j < 2 * kTiles; ++j) {
       if (8 * j >= tokens) continue;
 #pragma unroll
@@ -518,7 +521,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan(const Rule rule) {
   for_state([&](int key, int column, const float* values) {
     if (key < job.key_dim && slice + column < job.value_dim)
       *reinterpret_cast<float2*>(new_state + static_cast<int64_t>(key) * job.value_dim + slice + column) = {values[0],
-                                                                                                         values[1]};
+                                                                                                            values[1]};
   });
 }
 
@@ -530,7 +533,8 @@ int check(const zreward_gated_delta_rule_job& job) {
     return refuse(bad, "GatedDeltaRule: the batch is %d; 0 to %d are taken", job.batch, kMaxBlocks);
   if (job.tokens < 0) return refuse(bad, "GatedDeltaRule: there are %d tokens", job.tokens);
   if (job.key_heads < 1 || job.value_heads < 1 || job.value_heads > kMaxBlocks || job.value_heads % job.key_heads != 0)
-    return refuse(bad, "GatedDeltaRule: %d value heads are no multiple of %d key heads", job.value_heads, job.key_heads);
+    return refuse(bad, "GatedDeltaRule: %d value heads are no multiple of %d key heads", job.value_heads,
+                  job.key_heads);
   for (const auto& [name, dim] : {std::pair{"key_dim", job.key_dim}, {"value_dim", job.value_dim}})
     if (dim < 8 || dim > kMaxHead || dim % 8 != 0)
       return refuse(bad, "GatedDeltaRule: %s is %d; multiples of 8 from 8 to %d are taken", name, dim, kMaxHead);
@@ -552,8 +556,11 @@ int check(const zreward_gated_delta_rule_job& job) {
   for (const auto& [name, stride] : strides)
     if (stride % 8 != 0)
       return refuse(bad, "GatedDeltaRule: %s is %lld; multiples of 8 are taken", name, static_cast<long long>(stride));
-  const Named vectors[] = {{"query", job.query},   {"key", job.key},       {"value", job.value},
-                           {"output", job.output}, {"workspace", job.workspace}};
+  const Named vectors[] = {{"query", job.query},
+                           {"key", job.key},
+                           {"value", job.value},
+                           {"output", job.output},
+                           {"workspace", job.workspace}};
   if (const char* name = misplaced(vectors))
     return refuse(bad, "GatedDeltaRule: %s is null or does not begin at a multiple of 16 bytes", name);
   if (job.decay == nullptr || job.beta == nullptr) return refuse(bad, "GatedDeltaRule: decay or beta is null");

@@ -1,8 +1,8 @@
 // The score head as TensorRT launches it for a Python plugin: inputs, then integers, then outputs.
 //
-// zreward.export.plugins.quick_head compiles it with NVRTC, with the type of the hidden states and the norm's epsilon as
-// macros: TensorRT hands over nothing but tensors and integers. A block answers a row; its dynamic memory holds a float
-// for each bin.
+// zreward.export.plugins.quick_head compiles it with NVRTC, with the type of the hidden states and the norm's epsilon
+// as macros: TensorRT hands over nothing but tensors and integers. A block answers a row; its dynamic memory holds a
+// float for each bin.
 #include "rubric_expectation.h"
 
 extern "C" __global__ void __launch_bounds__(zreward::head::kThreads)
@@ -22,5 +22,6 @@ extern "C" __global__ void __launch_bounds__(zreward::head::kThreads)
   job.probs = probs;
   job.mean = mean;
   job.variance = variance;
-  zreward::head::answer_row(job, static_cast<int>(blockIdx.x), reinterpret_cast<float*>(zreward::device::shared_memory()));
+  zreward::head::answer_row(job, static_cast<int>(blockIdx.x),
+                            reinterpret_cast<float*>(zreward::device::shared_memory()));
 }

@@ -1,7 +1,6 @@
 // The score head as a kernel: a block answers one row of the batch.
-#include "rubric_expectation.h"
-
 #include "checks.h"
+#include "rubric_expectation.h"
 
 namespace zreward {
 
@@ -21,7 +20,8 @@ int check(const zreward_rubric_expectation_job& job) {
     return refuse(bad, "RubricExpectation: there are %d bins; 1 to %d are taken", job.bins, kMaxBins);
   if (!is_type(job.hidden_type) || !is_type(job.norm_type) || !is_type(job.rows_type))
     return refuse(bad, "RubricExpectation: types must be float32, float16 or bfloat16");
-  if (!(job.epsilon >= 0.0f)) return refuse(bad, "RubricExpectation: epsilon is %g; it must be at least 0", job.epsilon);
+  if (!(job.epsilon >= 0.0f))
+    return refuse(bad, "RubricExpectation: epsilon is %g; it must be at least 0", job.epsilon);
   if (job.batch == 0) return ZREWARD_OK;
   const Named vectors[] = {{"hidden", job.hidden}, {"norm_weight", job.norm_weight}, {"rows", job.rows}};
   if (const char* name = misplaced(vectors))
@@ -39,8 +39,8 @@ extern "C" int zreward_rubric_expectation(const struct zreward_rubric_expectatio
   using namespace zreward;
   const int status = check(*job);
   if (status != ZREWARD_OK || job->batch == 0) return status;
-  return status_of(device::launch(rubric_expectation, dim3(static_cast<unsigned>(job->batch)), head::kThreads,
-                                  static_cast<size_t>(job->bins) * sizeof(float), static_cast<cudaStream_t>(stream),
-                                  *job),
-                   "RubricExpectation");
+  return status_of(
+      device::launch(rubric_expectation, dim3(static_cast<unsigned>(job->batch)), head::kThreads,
+                     static_cast<size_t>(job->bins) * sizeof(float), static_cast<cudaStream_t>(stream), *job),
+      "RubricExpectation");
 }

@@ -1,8 +1,8 @@
 // The score head for one row: final RMS norm, the rows of the codes, temperature softmax, expectation and variance.
 //
-// The warps of a block take the bins in turn; each sums x · norm_weight · row and, since x passes by anyway, x², so that
-// nothing has to wait for the norm. Everything is in float32. Two kernels are made of it: that of the library, and one
-// that TensorRT launches by itself (quick_head.cu).
+// The warps of a block take the bins in turn; each sums x · norm_weight · row and, since x passes by anyway, x², so
+// that nothing has to wait for the norm. Everything is in float32. Two kernels are made of it: that of the library, and
+// one that TensorRT launches by itself (quick_head.cu).
 #pragma once
 
 #include "device.h"
@@ -23,8 +23,8 @@ __device__ inline void load_four(const void* from, int64_t index, int type, floa
         device::load_constant(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + index));
     const uint32_t words[2] = {loaded.x, loaded.y};
     for (int i = 0; i < 4; ++i)
-      values[i] = type == ZREWARD_FLOAT16 ? element_of<Half>(words[i / 2], i % 2)
-                                          : element_of<BFloat16>(words[i / 2], i % 2);
+      values[i] =
+          type == ZREWARD_FLOAT16 ? element_of<Half>(words[i / 2], i % 2) : element_of<BFloat16>(words[i / 2], i % 2);
   }
 }
 

@@ -2,7 +2,8 @@
  *
  * All tensors are contiguous in row-major order, in device memory, and begin at multiples of 16 bytes. A call puts its
  * work into `stream` and does not wait for it. It returns 0, or a status whose message zreward_last_error() gives on
- * the same thread. Where a call is refused nothing was started. Outputs must not overlap inputs, except where it says so.
+ * the same thread. Where a call is refused nothing was started. Outputs must not overlap inputs, except where it says
+ * so.
  */
 #ifndef ZREWARD_KERNELS_H
 #define ZREWARD_KERNELS_H
@@ -65,15 +66,15 @@ struct zreward_gated_delta_rule_job {
   int32_t type, decay_type, beta_type;
   float scale, key_epsilon;
   int64_t query_stride, key_stride, value_stride; /* elements from one token to the next, multiples of 8 */
-  const void* query;      /* [batch, tokens, key_heads · key_dim] type */
-  const void* key;        /* [batch, tokens, key_heads · key_dim] type */
-  const void* value;      /* [batch, tokens, value_heads · value_dim] type */
-  const void* decay;      /* [batch, tokens, value_heads] decay_type, logarithms: at most zero */
-  const void* beta;       /* [batch, tokens, value_heads] beta_type */
-  const float* state;     /* [states, value_heads, key_dim, value_dim], not read if states is 0 */
-  void* output;           /* [batch, tokens, value_heads · value_dim] type */
-  float* new_state;       /* [batch, value_heads, key_dim, value_dim], or null: not wanted */
-  void* workspace;        /* zreward_gated_delta_rule_workspace() bytes */
+  const void* query;                              /* [batch, tokens, key_heads · key_dim] type */
+  const void* key;                                /* [batch, tokens, key_heads · key_dim] type */
+  const void* value;                              /* [batch, tokens, value_heads · value_dim] type */
+  const void* decay;  /* [batch, tokens, value_heads] decay_type, logarithms: at most zero */
+  const void* beta;   /* [batch, tokens, value_heads] beta_type */
+  const float* state; /* [states, value_heads, key_dim, value_dim], not read if states is 0 */
+  void* output;       /* [batch, tokens, value_heads · value_dim] type */
+  float* new_state;   /* [batch, value_heads, key_dim, value_dim], or null: not wanted */
+  void* workspace;    /* zreward_gated_delta_rule_workspace() bytes */
 };
 ZREWARD_API size_t zreward_gated_delta_rule_workspace(int32_t batch, int32_t tokens, int32_t value_heads);
 ZREWARD_API int zreward_gated_delta_rule(const struct zreward_gated_delta_rule_job* job, void* stream);

@@ -119,8 +119,7 @@ void exchange(int base) {
   const Operands& first = fibers[base].operands;
   for (int lane = 0; lane < kWarp; ++lane) {
     const Operands& given = fibers[base + lane].operands;
-    if (given.kind != first.kind || given.argument != first.argument)
-      fail("lanes of a warp wait for different things");
+    if (given.kind != first.kind || given.argument != first.argument) fail("lanes of a warp wait for different things");
     values[lane] = given.value;
   }
   if (first.kind == Exchange::multiply_add) {
@@ -153,7 +152,8 @@ Operands& meet_warp(Exchange kind, int argument) {
 void run_block(size_t shared_bytes) {
   const float poison = std::numeric_limits<float>::quiet_NaN();
   shared.assign(shared_bytes + kGuard, kGuardByte);
-  for (size_t i = 0; i + sizeof poison <= shared_bytes; i += sizeof poison) std::memcpy(&shared[i], &poison, sizeof poison);
+  for (size_t i = 0; i + sizeof poison <= shared_bytes; i += sizeof poison)
+    std::memcpy(&shared[i], &poison, sizeof poison);
   std::fill_n(n_lanes, kMaxThreads / kWarp, 0);
   n_waiting = 0;
   std::vector<int> order(static_cast<size_t>(n_threads));

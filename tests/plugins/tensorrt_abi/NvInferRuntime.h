@@ -1,9 +1,9 @@
 // As much of TensorRT's plugin interface as the plugins touch, by its binary layout: TensorRT 11.
 //
 // NVIDIA's headers come with TensorRT, which no package registry that CI reaches carries. So the plugins are built on
-// these declarations there, and on the real ones wherever ZREWARD_TENSORRT_INCLUDE names their folder. What has to agree
-// is the order of virtual functions and of members, and the numbers: test_tensorrt_abi.py compares both, and the registry
-// of TensorRT-RTX, which knows nothing of this file, loads what is built on it. Users never build on it.
+// these declarations there, and on the real ones wherever ZREWARD_TENSORRT_INCLUDE names their folder. What has to
+// agree is the order of virtual functions and of members, and the numbers: test_tensorrt_abi.py compares both, and the
+// registry of TensorRT-RTX, which knows nothing of this file, loads what is built on it. Users never build on it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -201,7 +201,8 @@ class IPluginV3OneRuntime : public IPluginCapability {
 class IPluginCreatorV3One : public IPluginCreatorInterface {
  public:
   InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN CREATOR_V3ONE", 1, 0}; }
-  virtual IPluginV3* createPlugin(const char* name, const PluginFieldCollection* fields, TensorRTPhase phase) noexcept = 0;
+  virtual IPluginV3* createPlugin(const char* name, const PluginFieldCollection* fields,
+                                  TensorRTPhase phase) noexcept = 0;
   virtual const PluginFieldCollection* getFieldNames() noexcept = 0;
   virtual const char* getPluginName() const noexcept = 0;
   virtual const char* getPluginVersion() const noexcept = 0;
