@@ -41,13 +41,17 @@ SCALE, KEY_EPSILON = HEAD_DIM**-0.5, 1e-6
 
 @dataclass
 class Time:
-    """Milliseconds a call: each sample is the mean of `CALLS` calls in a row. Bounds are None where there is none."""
+    """Milliseconds a call: each sample is the mean of `CALLS` calls in a row. Bounds are None where there is none.
+
+    `difference` is, for a rival, that of its output from ours, over the largest number of ours.
+    """
 
     what: str
     dtype: str
     samples_ms: list[float]
     bytes_bound_ms: float | None = None
     products_bound_ms: float | None = None
+    difference: float | None = None
 
     @property
     def median_ms(self) -> float:
@@ -57,6 +61,7 @@ class Time:
         bounds = [bound for bound in (self.bytes_bound_ms, self.products_bound_ms) if bound is not None]
         share = f", bound {max(bounds):.4f} ms, {max(bounds) / self.median_ms:.0%} of it" if bounds else ""
         spread = f"{min(self.samples_ms):.4f} to {max(self.samples_ms):.4f}"
+        share += f", differs by {self.difference:.1e}" if self.difference is not None else ""
         return f"{self.what:<34} {self.dtype:<9} {self.median_ms:.4f} ms ({spread}){share}"
 
 
@@ -142,10 +147,8 @@ def time_rule(
         )
     ]
     for rival, call in rivals(dtype, inputs):
-        found = call().to(torch.float32)
-        apart = (found - output.float()).abs().max() / output.float().abs().max()
-        print(f"  {rival} differs from zreward's output by {apart:.1e} of its largest number")
-        times.append(Time(f"GatedDeltaRule, {rival}", name, measured(call)))
+        difference = (call().float() - output.float()).abs().max() / output.float().abs().max()
+        times.append(Time(f"GatedDeltaRule, {rival}", name, measured(call), difference=difference.item()))
     return times
 
 

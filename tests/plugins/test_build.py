@@ -232,7 +232,9 @@ def test_a_tensorrt_without_plugins_is_refused(library: PluginLibrary) -> None:
     registry = Registry(OPERATORS)
     rtx = module(registry, "1.7.1.116", "tensorrt_rtx")
     rtx.INetworkDefinition = SimpleNamespace()
-    with pytest.raises(PluginError, match=r"tensorrt_rtx 1.7.1.116 has no plugins in its networks; go without"):
+    with pytest.raises(
+        PluginError, match=r"tensorrt_rtx 1.7.1.116 has no plugins in its networks; go without"
+    ):
         library.load(rtx)
     assert registry.loaded == []
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, times
 from benchmarks.gpu.library import KernelError, Kernels
 
 CPU = torch.device("cpu")
@@ -99,6 +100,39 @@ def test_the_order_of_threads_changes_nothing(kernels: Kernels, operator: str) -
             kernels.library.emulator_set_order(ctypes.c_uint64(0))
         errors.append([outcome.errors for outcome in outcomes])
     assert errors[0] == errors[1] == errors[2]
+
+
+def _once(call: Callable[[], object]) -> list[float]:
+    call()
+    return [1.0]
+
+
+def test_the_benchmark_times_what_transformers_computes(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small sizes, each call once: the rival gives the same numbers from the same tensors."""
+    for name, value in {
+        "TOKENS": 70,
+        "KEY_HEADS": 1,
+        "VALUE_HEADS": 2,
+        "HEAD_DIM": 32,
+        "CONV_CHANNELS": 128,
+    }.items():
+        monkeypatch.setattr(times, name, value)
+    monkeypatch.setattr(times, "SCALE", 32**-0.5)
+    monkeypatch.setattr(times, "measured", _once)
+    rates = {"bytes_per_s": 1e12, "tf32_per_s": 1e12}
+    for dtype in LIMITS:
+        ours, *rivals = times.time_rule(kernels, dtype, CPU, rates)
+        assert ours.difference is None and ours.products_bound_ms and ours.bytes_bound_ms
+        assert rivals and rivals[0].what == "GatedDeltaRule, transformers (torch)"
+        assert rivals[0].difference is not None and rivals[0].difference <= LIMITS[dtype]
+        for time in (
+            ours,
+            *rivals,
+            *(f(kernels, dtype, CPU, rates) for f in (times.time_conv, times.time_head)),
+        ):
+            assert time.median_ms == 1.0 and time.what in time.line()
 
 
 def test_infinite_and_not_a_number_stay_visible(kernels: Kernels) -> None:

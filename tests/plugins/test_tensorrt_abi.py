@@ -19,7 +19,8 @@ from tests.support.plugins import EMULATOR, ROOT, STAND_IN, run
 from zreward.plugins import OPERATORS, described
 
 needs_headers = pytest.mark.skipif(
-    "ZREWARD_TENSORRT_INCLUDE" not in os.environ, reason="ZREWARD_TENSORRT_INCLUDE names no headers of TensorRT"
+    "ZREWARD_TENSORRT_INCLUDE" not in os.environ,
+    reason="ZREWARD_TENSORRT_INCLUDE names no headers of TensorRT",
 )
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed"
@@ -41,7 +42,9 @@ def layout(headers: Path, folder: Path) -> list[str]:
 def test_the_layout_is_that_of_the_headers(tmp_path: Path, emulated: Path) -> None:
     ours = layout(STAND_IN, tmp_path)
     theirs = layout(Path(os.environ["ZREWARD_TENSORRT_INCLUDE"]), tmp_path)
-    major = int(described(emulated / "libplugins.so")["tensorrt"].split(".")[0])  # which is built on their headers
+    major = int(
+        described(emulated / "libplugins.so")["tensorrt"].split(".")[0]
+    )  # which is built on their headers
     differing = [line for line in set(ours) ^ set(theirs) if major == 11 or not line.startswith(LOGGERS)]
     assert len(ours) == len(theirs) > 50
     assert not differing
@@ -97,4 +100,6 @@ def test_a_real_registry_takes_the_library(emulated: Path) -> None:
     assert found["creators"] == {name: [name, "1", "zreward"] for name in OPERATORS}
     assert found["made"] and found["refused"]
     assert "GatedDeltaRule: attribute scale is missing" in found["errors"]
-    assert not found["networks_take_plugins"], "PluginLibrary.load refuses it for this; look whether it still must"
+    assert not found["networks_take_plugins"], (
+        "PluginLibrary.load refuses it for this; look whether it still must"
+    )

@@ -59,9 +59,9 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Compare a library with its record, load it, and compare its version with the TensorRT that is installed."""
-    from zreward.plugins import PluginLibrary, default_folder, find_library, installed_tensorrt
+    from zreward.plugins import LIBRARY_FILE, PluginLibrary, default_folder, find_library, installed_tensorrt
 
-    opened = PluginLibrary.open(library or find_library() or default_folder() / "libzreward_plugins.so")
+    opened = PluginLibrary.open(library or find_library() or default_folder() / LIBRARY_FILE)
     opened.check_contents()
     installed = installed_tensorrt()
     if installed is not None and opened.record.tensorrt is not None:
