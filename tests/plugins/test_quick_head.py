@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import references
+from tests.support.plugins import ROOT, run
 from zreward.errors import PluginError
 from zreward.export.plugins import nvrtc, toolchain
 from zreward.export.plugins.quick_head import KERNEL, OPERATOR, quick_head_ptx, register_quick_head
@@ -198,3 +202,90 @@ def test_a_tensorrt_without_python_plugins_is_refused() -> None:
     module = SimpleNamespace(__name__="tensorrt_without_plugins", __version__="1.7.1")
     with pytest.raises(PluginError, match=r"has no Python plugins .*zreward plugins build"):
         register_quick_head(module)
+
+
+# NVIDIA's own Python classes, without their library: stubs have the names that the bindings are linked against.
+
+BINDINGS = importlib.util.find_spec("tensorrt_bindings")
+
+STUBS = " ".join(
+    f"void* {name}(void) {{ return 0; }}"
+    for name in (
+        "createInferBuilder_INTERNAL",
+        "createInferRefitter_INTERNAL",
+        "createInferRuntime_INTERNAL",
+        "createNvOnnxParser_INTERNAL",
+        "createNvOnnxParserRefitter_INTERNAL",
+        "getBuilderPluginRegistry",
+        "getNvOnnxParserVersion",
+        "getPluginRegistry",
+        "initLibNvInferPlugins",
+    )
+)
+
+IN_BINDINGS = """
+import json
+import tensorrt
+
+class Registry:
+    def register_creator(self, creator, namespace):
+        self.creator = creator
+
+    def get_creator(self, name, version, namespace):
+        return self.creator
+
+registry = Registry()
+tensorrt.get_plugin_registry = lambda: registry
+from zreward.export.plugins.quick_head import OPERATOR, register_quick_head
+register_quick_head(tensorrt)
+from tensorrt.plugin import _lib
+plugin, creator = _lib.QDP_REGISTRY[OPERATOR], registry.creator
+print(json.dumps({
+    "creator": [creator.name, creator.plugin_version, creator.plugin_namespace],
+    "attributes": [[field.name, field.type.name] for field in creator.field_names],
+    "inputs": plugin.input_tensor_names,
+    "outputs": plugin.num_outputs,
+    "ahead_of_time": plugin.aot_impl_attr_names,
+    "registry": [name for name in ("load_library", "get_creator") if hasattr(tensorrt.IPluginRegistry, name)],
+    "plugins_in_networks": hasattr(tensorrt.INetworkDefinition, "add_plugin_v3"),
+}))
+"""
+
+
+@pytest.mark.skipif(BINDINGS is None, reason="TensorRT's Python bindings are not installed")
+def test_the_real_bindings_take_it(tmp_path: Path) -> None:
+    """Their own checks of signatures run, and the names that `PluginLibrary.load` uses are there."""
+    assert BINDINGS is not None and BINDINGS.origin is not None
+    package = Path(BINDINGS.origin).parent
+    found = [info.stem.split("-")[1] for info in package.parent.glob("tensorrt_cu*_bindings-*.dist-info")]
+    assert len(found) == 1
+    major = found[0].split(".")[0]
+    (tmp_path / "stubs.c").write_text(STUBS)
+    for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
+        library = f"lib{name}.so.{major}"
+        run(
+            [
+                "gcc",
+                "-shared",
+                "-fPIC",
+                f"-Wl,-soname,{library}",
+                str(tmp_path / "stubs.c"),
+                "-o",
+                str(tmp_path / library),
+            ]
+        )
+    (tmp_path / "tensorrt").symlink_to(package)
+    paths = [str(tmp_path), str(ROOT.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", IN_BINDINGS]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "creator": ["RubricExpectation", "1", "zreward"],
+        "attributes": [["epsilon", "FLOAT32"]],
+        "inputs": ["hidden", "norm_weight", "score_rows", "temperature", "bins"],
+        "outputs": 3,
+        "ahead_of_time": ["epsilon"],
+        "registry": ["load_library", "get_creator"],
+        "plugins_in_networks": True,
+    }
