@@ -7,6 +7,7 @@ compiler and memory do what it does; benchmarks/gpu/run.sh runs the same cases o
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import random
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu import cases, times
+from benchmarks.gpu import cases, check, times
 from benchmarks.gpu.library import KernelError, Kernels
 
 CPU = torch.device("cpu")
@@ -100,6 +101,38 @@ def test_the_order_of_threads_changes_nothing(kernels: Kernels, operator: str) -
             kernels.library.emulator_set_order(ctypes.c_uint64(0))
         errors.append([outcome.errors for outcome in outcomes])
     assert errors[0] == errors[1] == errors[2]
+
+
+def test_the_script_for_gpus_tells_good_from_bad(
+    kernels: Kernels,
+    emulated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """benchmarks/gpu/check.py: every call in the JSON, exit status 1 where one is beyond its limit."""
+    report = tmp_path / "cases.json"
+    arguments = [str(emulated / "libkernels.so"), "--device", "cpu", "--count", "3", "--most-work", "30"]
+    monkeypatch.setattr("sys.argv", ["check", *arguments, "--json", str(report)])
+    assert check.main() == 0
+    assert "9 of 9 calls within their limits" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    assert {case["operator"] for case in found} == set(cases.OPERATORS)
+    assert all(case["passed"] and case["errors"] and case["sizes"] for case in found)
+    monkeypatch.setattr(cases, "LIMITS", dict.fromkeys(LIMITS, 1e-12))
+    assert check.main() == 1
+    assert "FAILED Outcome(operator='GatedDeltaRule'" in capsys.readouterr().out
+
+
+def test_an_output_that_is_not_written_or_written_beyond_is_an_error() -> None:
+    """What the comparison itself rests on: poison that stays, and guards that are overwritten."""
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    output = cases.Poisoned((2, 3), torch.float32, CPU)
+    assert output.error(zeros) == math.inf
+    output.tensor.zero_()
+    assert output.error(zeros) == 0
+    output._all[-1] = 0
+    assert output.error(zeros) == math.inf
 
 
 def _once(call: Callable[[], object]) -> list[float]:
