@@ -184,14 +184,11 @@ def described(path: Path) -> dict[str, Any]:
 
 
 def installed_tensorrt() -> str | None:
-    """Version of the TensorRT that pip installed here, without importing it; None where there is none."""
-    for package in (
-        "tensorrt",
-        "tensorrt_cu13",
-        "tensorrt_cu12",
-        "tensorrt_cu13_bindings",
-        "tensorrt_cu12_bindings",
-    ):
+    """Version of the TensorRT that pip installed here, without importing it; None where there is none.
+
+    Its Python bindings alone do not count: they can be there without the library.
+    """
+    for package in ("tensorrt", "tensorrt_cu13", "tensorrt_cu12", "tensorrt_cu13_libs", "tensorrt_cu12_libs"):
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
