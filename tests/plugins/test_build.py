@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 
 from tests.conftest import Cli
 from tests.support.plugins import SOURCES, Host, built_once, tensorrt_include
+from zreward import plugins
+from zreward.commands import plugins as commands
 from zreward.errors import PluginError, UsageError
 from zreward.export.plugins import toolchain
 from zreward.export.plugins.build import build_plugins
@@ -254,6 +257,31 @@ def test_where_the_library_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert find_library() == tmp_path / "zreward" / "plugins" / LIBRARY_FILE
     monkeypatch.setenv(LOCATION, "/somewhere/else.so")
     assert find_library() == Path("/somewhere/else.so")
+
+
+def test_what_counts_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"tensorrt_cu13_bindings": "11.4.0.106"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert plugins.installed_tensorrt() is None, "bindings without a library"
+    versions["tensorrt_cu13_libs"] = "11.4.0.106"
+    assert plugins.installed_tensorrt() == "11.4.0.106"
+
+
+def test_check_compares_with_the_tensorrt_that_is_installed(
+    library: PluginLibrary, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plugins, "installed_tensorrt", lambda: "7.2.3")
+    with pytest.raises(PluginError, match=r"but TensorRT 7\.2\.3 is installed"):
+        commands.check(library.path)
+    monkeypatch.setattr(plugins, "installed_tensorrt", lambda: library.record.tensorrt)
+    commands.check(library.path)
+    assert f"{library.record.tensorrt} is installed" in capsys.readouterr().out
 
 
 # What is refused before it is built
