@@ -103,10 +103,17 @@ def _run(command: Sequence[str]) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     if result.returncode:
-        lines = [line for line in result.stdout.splitlines() if line.strip()][-_LINES_OF_AN_ERROR:]
-        raise PluginError(
-            "the plugins could not be built; `{}` says:\n{}".format(" ".join(command), "\n".join(lines))
-        )
+        said = "\n".join(_telling(result.stdout))
+        raise PluginError(f"the plugins could not be built; `{' '.join(command)}` says:\n{said}")
+
+
+def _telling(output: str) -> list[str]:
+    """From the first line that speaks of an error: what follows is often about what that one broke."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    first = next(
+        (i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - _LINES_OF_AN_ERROR
+    )
+    return lines[max(0, first) :][:_LINES_OF_AN_ERROR]
 
 
 def _put(built: Path, library: Path, record: PluginRecord) -> None:

@@ -20,7 +20,7 @@ from zreward import plugins
 from zreward.commands import plugins as commands
 from zreward.errors import PluginError, UsageError
 from zreward.export.plugins import toolchain
-from zreward.export.plugins.build import build_plugins
+from zreward.export.plugins.build import _telling, build_plugins
 from zreward.plugins import (
     LIBRARY_FILE,
     LOCATION,
@@ -372,7 +372,10 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     (root / "bin").mkdir(parents=True)
     (root / "include").mkdir()
     (root / "lib64").mkdir()
-    (root / "include" / "cuda_runtime_api.h").touch()
+    (root / "include" / "cuda_runtime_api.h").write_text(
+        "#pragma once\nenum cudaError_t { cudaSuccess };\n"
+        'inline const char* cudaGetErrorString(cudaError_t) { return ""; }\n'
+    )
     (root / "lib64" / "libcudart_static.a").touch()
     nvcc = script(
         root / "bin" / "nvcc",
@@ -381,6 +384,18 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match=r"the plugins could not be built(.|\n)*a planted mistake"):
         build_plugins(tmp_path / "out", nvcc=nvcc, kernels_only=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_failed_build_says() -> None:
+    """From the first error on, or the end where nothing is called one."""
+    fine = [f"[ {i}%] Building" for i in range(50)]
+    after = [f"note {i}" for i in range(50)]
+    assert _telling("\n".join([*fine, "a.cu(7): error: planted", *after])) == [
+        "a.cu(7): error: planted",
+        *after[:29],
+    ]
+    assert _telling("\n".join(fine)) == fine[-30:]
+    assert _telling("one line\n\n") == ["one line"]
 
 
 def test_calls_that_cannot_be_carried_out(tmp_path: Path, cli: Cli) -> None:
