@@ -109,8 +109,11 @@ class PluginLibrary:
                 "again with the headers of that version: `zreward plugins build --tensorrt DIR`"
             )
 
-    def load(self, tensorrt: Any) -> Any:
-        """Load the library into the plugin registry of a `tensorrt` module, whose parsers and engines then find it.
+    def load(self, tensorrt: Any, registry: Any = None) -> Any:
+        """Load the library into a plugin registry of a `tensorrt` module, whose parsers and engines then find it.
+
+        Args:
+            registry: that of a builder or runtime; by default the one that all share, which gets a library once.
 
         Returns:
             The registry's handle.
@@ -126,20 +129,23 @@ class PluginLibrary:
                 "bodies of the operators compute the same"
             )
         self.check_version(tensorrt.__version__)
+        if registry is not None:
+            return self._load_into(registry, tensorrt.__version__)
         key = (tensorrt.__name__, self.record.sha256)
-        if key in _loaded:  # a registry refuses a second creator of the same name
-            return _loaded[key]
-        registry = tensorrt.get_plugin_registry()
+        if key not in _loaded:  # a registry refuses a second creator of the same name
+            _loaded[key] = self._load_into(tensorrt.get_plugin_registry(), tensorrt.__version__)
+        return _loaded[key]
+
+    def _load_into(self, registry: Any, version: str) -> Any:
         handle = registry.load_library(str(self.path))
         missing = [
             name for name in self.record.plugins if registry.get_creator(name, VERSION, NAMESPACE) is None
         ]
         if handle is None or missing:
             raise PluginError(
-                f"{self.path}: TensorRT {tensorrt.__version__} does not take this library (no plugin for "
+                f"{self.path}: TensorRT {version} does not take this library (no plugin for "
                 f"{', '.join(missing) or 'its handle'}); build it again with `zreward plugins build`"
             )
-        _loaded[key] = handle
         return handle
 
     def check_contents(self) -> None:

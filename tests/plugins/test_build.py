@@ -220,6 +220,9 @@ def test_it_is_loaded_into_a_registry_once(library: PluginLibrary) -> None:
     )
     assert library.load(tensorrt) is library.load(tensorrt)
     assert registry.loaded == [str(library.path)]
+    of_a_builder = Registry(OPERATORS)
+    library.load(tensorrt, of_a_builder)
+    assert of_a_builder.loaded == [str(library.path)]
 
 
 def test_another_major_version_is_not_loaded(library: PluginLibrary) -> None:
