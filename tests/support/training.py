@@ -20,6 +20,7 @@ def config_text(
     run: str = "",
     method: str = "",
     validation: bool = False,
+    micro_batch: int = 8,
 ) -> str:
     """A config with the rates of a small model."""
     held_out = f'validation = "{data}"' if validation else ""
@@ -37,7 +38,7 @@ warmup_steps = 2
 output = "{output}"
 steps = {steps}
 batch_size = {batch_size}
-micro_batch = 8
+micro_batch = {micro_batch}
 save_every = 0
 log_every = 1
 threads = 1

@@ -45,7 +45,9 @@ def reasoner(tmp_path_factory: pytest.TempPathFactory, reference_student: Path, 
     method = f'chains = "{folder / "chains.jsonl"}"\nmax_new_tokens = 16'
     config = folder / "config.toml"
     config.write_text(
-        config_text(reference_student, scenes, folder / "run", steps=70, batch_size=3, method=method)
+        config_text(
+            reference_student, scenes, folder / "run", steps=70, batch_size=3, method=method, micro_batch=32
+        )
     )
     rewarddance.train(load_config(config))
     return folder / "run" / "model"

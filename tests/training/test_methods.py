@@ -37,7 +37,7 @@ def train(tmp_path: Path, scenes: Path) -> Train:
 
     def run(name: str, checkpoint: Path, method: str = "", data: Path | None = None, **options: Any) -> Path:
         config = tmp_path / f"{name}.toml"
-        options = {"steps": 8} | options
+        options = {"steps": 8, "micro_batch": 32} | options
         text = config_text(checkpoint, data or scenes, tmp_path / name, method=method, **options)
         config.write_text(text, encoding="utf-8")
         METHODS[name].train(load_config(config))
