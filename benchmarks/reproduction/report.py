@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.reproduction.curves import write_curves
 from benchmarks.reproduction.orderings import Difference, differences
+from benchmarks.reproduction.settings import STUDENT, TEACHER
 from zreward.jsonfile import write_text
 
 ROWS = ("zero-shot", "sft", "rewarddance", "grpo", "gdso", "opd", "risd", "grpo-parsed")
@@ -25,7 +26,7 @@ def write_report(work: Path, test: Path) -> Path:
         test: the labelled lines that the rows were judged on.
     """
     found = results(work)
-    tables = [table(size, rows) for size, rows in found.items()]
+    tables = [table(size.name, found[size.name]) for size in (TEACHER, STUDENT) if size.name in found]
     parts = [*tables, "\n".join(averaged(found)), orderings(differences(work, test))]
     text = "\n\n".join(part for part in parts if part)
     path = work / "results.md"
