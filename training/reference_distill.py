@@ -6,9 +6,8 @@
 bottom:
 
 1. describe: the first student's language model learns to say what it sees in each dimension, from scenes without
-   labels, and goes on with twice its layers;
-2. judge: it learns to end a description with a score, and by GDSO the two come to serve the labels. This is the
-   teacher;
+   labels. With twice its layers it learns, from labelled scenes, to end a description with a score;
+2. judge: by GDSO descriptions and scores come to serve the labels. This is the teacher;
 3. distil: by RISD the first student learns the teacher's distributions on scenes that nobody labelled, and answers with
    no words between. The vision tower stays the first student's in all stages.
 
@@ -61,14 +60,12 @@ from zreward.training.reference_teacher import (
 
 LOG, FIRST_LOG = "training_log.jsonl", "first_training_log.jsonl"
 _DESCRIBED = Split(11_000, 4_000, 4, False, "descriptions", other_prompts=3)
-_DESCRIBED_ON = Split(21_000, 6_000, 4, False, "descriptions", other_prompts=1)
-_LABELLED = Split(19_000, 2_000, 4, True, "descriptions")
-_UNLABELLED = Split(13_000, 2_000, 4, False)
+_LABELLED = Split(19_000, 3_000, 4, True, "descriptions")
+_UNLABELLED = Split(13_000, 1_250, 4, False)
 _WATCHED = Split(14_000, 60, 6, True)
 
 _DESCRIBE = Lesson(steps=1_000, batch=16, rate=5e-4, score_weight=0.0)
-_DESCRIBE_ON = Lesson(steps=1_500, batch=16, rate=1e-3, score_weight=0.0)
-_ANSWER = Lesson(steps=200, batch=16, rate=5e-4, score_weight=1.0)
+_ANSWER = Lesson(steps=1_000, batch=16, rate=1e-3, score_weight=1.0)
 
 _KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files of the first student that are the next one's as well."""
@@ -90,10 +87,10 @@ class Distillation:
     Attributes:
         recipe: of the first student; its scenes, seed, threads and held-out splits are this run's as well.
         teacher_layers: of the teacher's language model.
-        described, described_on, labelled, unlabelled, watched: scenes of the stages, and those on which they are
-            validated; their seeds are offset by the run's.
-        describe: with the first student's layers, and `describe_on` with the teacher's.
-        answer: the first scores after descriptions.
+        described, labelled, unlabelled, watched: scenes of the stages, and those on which they are validated; their
+            seeds are offset by the run's.
+        describe: with the first student's layers.
+        answer: descriptions and the scores after them, with the teacher's layers.
         judge: GDSO, in pairs; `group_size` outputs of each question, `policy_weight` of L_GRPO.
         distil: RISD, in images.
         traces: outputs of the teacher that are averaged for a question.
@@ -104,18 +101,16 @@ class Distillation:
     recipe: Recipe = field(default_factory=Recipe)
     teacher_layers: int = 8
     described: Split = _DESCRIBED
-    described_on: Split = _DESCRIBED_ON
     labelled: Split = _LABELLED
     unlabelled: Split = _UNLABELLED
     watched: Split = _WATCHED
     describe: Lesson = _DESCRIBE
-    describe_on: Lesson = _DESCRIBE_ON
     answer: Lesson = _ANSWER
-    judge: Learning = Learning(steps=150, batch=8, rate=3e-4)
+    judge: Learning = Learning(steps=100, batch=8, rate=1e-4)
     group_size: int = 4
     policy_weight: float = 0.1
-    distil: Learning = Learning(steps=2_000, batch=32, rate=5e-4)
-    traces: int = 4
+    distil: Learning = Learning(steps=1_200, batch=32, rate=5e-4)
+    traces: int = 2
     micro_batch: int = 256
     watched_images: int = 120
 
@@ -149,14 +144,12 @@ def distil(plan: Distillation, first: Path, out: Path, work: Path, command: str 
     start = started(work / "describe", with_words(plan.recipe, first))
     scenes = drawn(work / "described", plan.described, plan)
     describer = chains_learned(plan.describe, work / "describe", start, scenes, plan)
-    start = started(work / "describe-on", grown(plan.teacher_recipe, describer))
-    scenes = drawn(work / "described-on", plan.described_on, plan)
-    describer = chains_learned(plan.describe_on, work / "describe-on", start, scenes, plan)
+    start = started(work / "answer", grown(plan.teacher_recipe, describer))
+    scenes = drawn(work / "labelled", plan.labelled, plan)
+    answering = chains_learned(plan.answer, work / "answer", start, scenes, plan)
 
     # Judge.
     watched = drawn(work / "watched", plan.watched, plan) / SCENES_FILE
-    scenes = drawn(work / "labelled", plan.labelled, plan)
-    answering = chains_learned(plan.answer, work / "answer", describer, scenes, plan)
     teacher = work / "judge" / "run" / "model"
     if not teacher.is_dir():
         config = train_config(plan, plan.judge, answering, scenes / SCENES_FILE, watched, work / "judge")
@@ -263,7 +256,7 @@ def shipped(
 
         log = RunLog(staging.path / LOG)
         log.start(plan, command)
-        for stage in ("describe", "describe-on", "answer", "judge", "distil"):
+        for stage in ("describe", "answer", "judge", "distil"):
             log.stage(stage, work / stage / "run" / LOG_FILE)
         result = {
             "validation": score_metrics(logits, validation, contract),

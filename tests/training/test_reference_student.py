@@ -165,12 +165,10 @@ def distilled(run: Path) -> Path:
         RECIPE,
         teacher_layers=5,
         described=Split(1, 16, 2, False, "descriptions", other_prompts=1),
-        described_on=Split(2, 16, 2, False, "descriptions"),
         labelled=Split(3, 16, 2, True, "descriptions"),
         unlabelled=Split(4, 16, 2, False),
         watched=Split(5, 2, 2, True),
         describe=lesson,
-        describe_on=dataclasses.replace(lesson, steps=4),
         answer=dataclasses.replace(lesson, steps=30, score_weight=1.0),
         judge=Learning(steps=2, batch=2, rate=1e-4),
         group_size=2,
@@ -187,8 +185,8 @@ def test_a_student_learns_from_a_teacher_of_more_layers(distilled: Path) -> None
     events = [json.loads(line) for line in log]
     assert events[0]["command"] == "this command" and events[0]["recipe"]["teacher_layers"] == 5
     parameters = {e["stage"]: e["parameters"]["all"] for e in events[1:] if e["event"] == "start"}
-    assert list(parameters) == ["describe", "describe-on", "answer", "judge", "distil"]
-    assert parameters["describe-on"] == parameters["judge"] > parameters["describe"] > parameters["distil"]
+    assert list(parameters) == ["describe", "answer", "judge", "distil"]
+    assert parameters["answer"] == parameters["judge"] > parameters["describe"] > parameters["distil"]
     losses = [e["loss"] for e in events if e["event"] == "step" and e["stage"] == "distil"]
     assert losses[-1] < losses[0]
     validated = {e["stage"] for e in events if e["event"] == "validation"}
