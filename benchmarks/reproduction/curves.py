@@ -21,6 +21,7 @@ COLOURS = {
     "grpo": "#7e22ce",
     "grpo-parsed": "#c084fc",
     "gdso": "#1d5fd1",
+    "gdso-parsed": "#7dd3fc",
     "opd": "#15803d",
     "risd": "#be123c",
 }

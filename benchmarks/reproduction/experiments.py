@@ -1,7 +1,7 @@
 """The rows of the tables: which method starts from what, learns from what, and how it answers.
 
 Teacher size: zero-shot, SFT, RewardDance, GRPO, GDSO. Student size: the same, and OPD and RISD with the GDSO teacher of
-the same seed. Ablation, at student size: GRPO with the reward of the parsed answer instead of the expectation.
+the same seed. Ablation, at student size: GRPO and GDSO with the reward of the parsed answer instead of the expectation.
 
 All start from the base model of their size (`base.py`), whose answers after a description are the zero-shot row.
 """
@@ -47,6 +47,8 @@ _COUNTED = 128
 POLICY_WEIGHT = (("policy_weight", 0.1),)
 """Of GDSO. A group's advantages have a spread of 1 however little its rewards differ, and traces are short here. With 1
 the validation HPA of a student fell from .825 to .780 between steps 50 and 100."""
+
+PARSED = (("reward_from", "parsed"),)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def experiments(settings: Settings) -> list[Experiment]:
     distilled = {"size": STUDENT, "data": "unlabelled", "batch_size": 16}
     return [
         *rows,
-        replace(grpo_row, size=STUDENT, name="grpo-parsed", options=(("reward_from", "parsed"),)),
+        replace(grpo_row, size=STUDENT, name="grpo-parsed", options=PARSED),
+        replace(gdso_row, size=STUDENT, name="gdso-parsed", options=POLICY_WEIGHT + PARSED, traces=(1,)),
         Experiment("risd", method="risd", steps=settings.risd_steps, reasons=False, **distilled),
         Experiment("opd", method="opd", steps=settings.opd_steps, rate=1e-4, **distilled),
     ]

@@ -42,6 +42,7 @@ CLAIMS = (
     Claim("student-risd", "student-gdso"),
     Claim("student-risd", "teacher-gdso"),
     Claim("student-grpo", "student-grpo-parsed"),
+    Claim("student-gdso", "student-gdso-parsed"),
 )
 """That the student is better than its teacher is no claim of the paper: the row says how near it comes."""
 

@@ -13,7 +13,7 @@ from benchmarks.reproduction.orderings import Difference, differences
 from benchmarks.reproduction.settings import STUDENT, TEACHER
 from zreward.jsonfile import write_text
 
-ROWS = ("zero-shot", "sft", "rewarddance", "grpo", "gdso", "opd", "risd", "grpo-parsed")
+ROWS = ("zero-shot", "sft", "rewarddance", "grpo", "gdso", "opd", "risd", "grpo-parsed", "gdso-parsed")
 HEAD = ("method", "PLCC", "SRCC", "HPA", "margin HPA", "tokens", "failed", "seeds")
 
 Results = dict[str, dict[str, list[dict[str, Any]]]]
