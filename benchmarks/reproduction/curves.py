@@ -59,7 +59,8 @@ def as_svg(found: dict[str, dict[str, Curve]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
     ]
-    for number, (size, of_size) in enumerate(found.items()):
+    teacher_first = sorted(found.items(), reverse=True)
+    for number, (size, of_size) in enumerate(teacher_first):
         parts += _panel(number * _PANEL, size, of_size, low, high)
     return "".join(parts) + "</svg>\n"
 
