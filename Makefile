@@ -10,15 +10,20 @@ WORKERS ?= 2
 # setuptools puts export/, runtime/ and so on into the package zreward; for mypy, links do.
 LINKS := build/types
 
+# Tests hold the builder of engines against these versions of TensorRT's Python bindings, without its libraries.
+ifeq ($(shell uname -sm),Linux x86_64)
+BINDINGS := $(VENV)/tensorrt-10.16.1.11 $(VENV)/tensorrt-11.4.0.106
+endif
+
 # Tests run in parallel processes: one thread each keeps them from fighting over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bindings clean
 
 demo: $(STAMP)
 	$(BIN)/zreward demo
 
-test: lint
+test: lint bindings
 	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadscope
 
 lint: $(STAMP)
@@ -31,6 +36,13 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bindings: $(BINDINGS)
+
+$(BINDINGS): $(VENV)/tensorrt-%: | $(STAMP)
+	@rm -rf $@.partial
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@.partial tensorrt_cu13_bindings==$*
+	@mv $@.partial $@
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

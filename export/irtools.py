@@ -43,11 +43,11 @@ def only_user(value: ir.Value, op_type: str) -> ir.Node:
 
 
 def width_of(value: ir.Value) -> int:
-    """The size of the last axis, which must be known."""
-    size = value.shape[-1] if value.shape is not None else None
-    if not isinstance(size, int):
+    """The size of the last axis, which must be known; shape inference writes some as the text of a number."""
+    size = str(value.shape[-1]) if value.shape else "unknown"
+    if not size.isdecimal():
         raise ExportError(f"the width of {value.name!r} is not known; the graph is not as expected")
-    return size
+    return int(size)
 
 
 def take_over(graph: ir.Graph, old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from zreward.bundle import EmbeddingInfo, StateInfo, Work
 
-TARGETS = ("cpu", "onnx")
+TARGETS = ("cpu", "onnx", "tensorrt")
 WEIGHT_TYPES = ("fp32", "fp16", "bf16")
 
 
@@ -23,6 +23,7 @@ class QuantizationJob:
         calibration: JSONL file, "scenes" for synthetic ones, or None for methods that need no data.
         device: where calibration runs.
         store: existing, empty directory for the quantized weights.
+        groups: inputs that share a scale where the scheme does not say it, by format.
     """
 
     scheme: str
@@ -31,6 +32,7 @@ class QuantizationJob:
     calibration: str | None
     device: str
     store: str
+    groups: Mapping[str, int]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _quantized(source: Checkpoint, job: QuantizationJob, report: Progress) -> Qu
     from zreward.quant.calibrate import calibration_items
     from zreward.quant.quantize import QuantizeOptions, quantize
 
-    options = QuantizeOptions(job.scheme, job.method, job.budget, job.device)
+    options = QuantizeOptions(job.scheme, job.method, job.budget, job.device, job.groups)
     items = calibration_items(job.calibration) if job.calibration else ()
     return quantize(source, Path(job.store), options, items, report)
 

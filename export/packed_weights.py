@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -37,11 +38,12 @@ Pack = Callable[[Any], NDArray[Any]]
 MIN_BLOCK, MAX_BLOCK = 16, 256
 """Inputs that may share a scale in MatMulNBits: a power of two between these."""
 
-_NUMPY_DTYPES = {
+_NUMPY_DTYPES: dict[ir.DataType, Any] = {
     ir.DataType.UINT8: np.uint8,
     ir.DataType.INT8: np.int8,
     ir.DataType.INT64: np.int64,
     ir.DataType.FLOAT16: np.float16,
+    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
     ir.DataType.FLOAT: np.float32,
     ir.DataType.INT4: np.uint8,
     ir.DataType.UINT4: np.uint8,
@@ -164,6 +166,11 @@ def matrix_codes(weight: QuantizedWeight) -> NDArray[np.uint8]:
 def matrix_scales(weight: QuantizedWeight) -> NDArray[Any]:
     """Scales for DequantizeLinear."""
     return stored_scales(weight).T
+
+
+def matrix_float_scales(weight: QuantizedWeight) -> NDArray[np.float32]:
+    """Scales for DequantizeLinear in float32, to be stored in whatever type the product has."""
+    return weight.scales.T
 
 
 def matrix_zeros(weight: QuantizedWeight) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from zreward.bundle import Bundle, GoldenItem, ParityInfo
 from zreward.errors import ExportError
+from zreward.export.bfloat16 import open_rounded
 from zreward.export.pieces import PiecewiseSession
 from zreward.golden import golden_inputs
 from zreward.image import ImageSpec, preprocess
@@ -44,7 +45,7 @@ def write_golden_images(directory: Path, spec: ImageSpec) -> list[str]:
 def golden_scores(bundle: Bundle, names: Sequence[str]) -> Golden:
     """Score the golden inputs with the bundle itself."""
     prompts = [prompt for prompt, _ in golden_inputs(bundle.contract.image)]
-    engine = Engine(bundle, open_graph=PiecewiseSession)
+    engine = Engine(bundle, open_graph=lambda path: open_rounded(path, PiecewiseSession))
     patches = [preprocess(bundle.path / name, bundle.contract.image) for name in names]
     probs = []
     for prompt, p in zip(prompts, patches, strict=True):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from zreward.bundle import Bundle
 from zreward.checkpoint import Checkpoint
 from zreward.errors import QuantizationError, UsageError
+from zreward.export.bfloat16 import open_rounded
 from zreward.export.job import Lowered, QuantizationJob
+from zreward.export.passes.qdq_products import TENSORRT_GROUPS, can_multiply
 from zreward.progress import Progress
 from zreward.quant.calibrate import (
     SCENES,
@@ -32,8 +35,9 @@ from zreward.quant.calibrate import (
 from zreward.quant.drift import DriftReport, LayerFacts, SizeFacts
 from zreward.quant.report import check_drift, drift_report
 from zreward.quant.report_page import write_report_page
-from zreward.quant.scheme import Scheme, resolve
+from zreward.quant.scheme import DEFAULT_GROUPS, Scheme, Table, format_name, resolve, with_static_inputs
 from zreward.quant.source import QuantizedCheckpoint
+from zreward.runtime.backends import open_session
 from zreward.runtime.engine import Engine
 from zreward.runtime.score import Score
 from zreward.runtime.scorer import Scorer
@@ -71,9 +75,14 @@ class QuantizationOptions:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """The options with everything decided, and the held-out items; without items nothing is judged."""
+    """The options with everything decided, and the held-out items; without items nothing is judged.
+
+    `scheme` and `groups` are what the scheme of the options means on the target.
+    """
 
     options: QuantizationOptions
+    scheme: str
+    groups: Mapping[str, int]
     method: str
     calibration: str | None
     held_out: Sequence[Item]
@@ -81,12 +90,25 @@ class QuantizationPlan:
     def job(self, store: Path) -> QuantizationJob:
         chosen = self.options
         return QuantizationJob(
-            chosen.scheme, self.method, chosen.budget, self.calibration, chosen.device, str(store)
+            self.scheme,
+            self.method,
+            chosen.budget,
+            self.calibration,
+            chosen.device,
+            str(store),
+            self.groups,
         )
 
 
-def plan_quantization(source: Checkpoint, options: QuantizationOptions) -> QuantizationPlan:
+def plan_quantization(
+    source: Checkpoint, options: QuantizationOptions, target: str = "cpu"
+) -> QuantizationPlan:
     """Decide and check everything that can be known without work.
+
+    Args:
+        source: the checkpoint.
+        options: what was asked for.
+        target: the runtime to lower for, which decides what can be multiplied.
 
     Raises:
         QuantizationError: the scheme does not fit the checkpoint, a data file is not usable, or nothing would
@@ -95,7 +117,7 @@ def plan_quantization(source: Checkpoint, options: QuantizationOptions) -> Quant
     """
     if isinstance(source, QuantizedCheckpoint):
         raise UsageError(f"{source.path} is quantized already; export it without --quant to keep its weights")
-    resolve(Scheme.parse(options.scheme), {name: info.shape for name, info in source.tensors.items()})
+    scheme, groups, table = _on_target(source, options, target)
     default = default_data(source)
     calibration = options.calibration or (None if options.method == "rtn" else default)
     if options.method == "rtn" and options.calibration:
@@ -105,6 +127,11 @@ def plan_quantization(source: Checkpoint, options: QuantizationOptions) -> Quant
     method = options.method or ("gptq" if calibration else "rtn")
     if method != "rtn" and calibration is None:
         raise QuantizationError(f"{method} needs calibration data; give --calibration FILE, or --method rtn")
+    if method == "rtn" and any(chosen.activations == "int8-static" for chosen in table.formats.values()):
+        raise QuantizationError(
+            f"{target} rounds inputs with scales that calibration finds; give --calibration FILE and no --method "
+            "rtn, or keep the inputs as they are with int8-weight"
+        )
     if options.budget is not None and calibration is None:
         raise QuantizationError("a budget is spent by measurement; give --calibration FILE")
     if calibration and calibration != SCENES:
@@ -117,7 +144,40 @@ def plan_quantization(source: Checkpoint, options: QuantizationOptions) -> Quant
             "a quantized bundle must be judged on held-out data; give --evaluation FILE, or --allow-drift to "
             "write it unjudged"
         )
-    return QuantizationPlan(options, method, calibration, held_out_items(evaluation) if evaluation else ())
+    held_out = held_out_items(evaluation) if evaluation else ()
+    return QuantizationPlan(options, scheme, groups, method, calibration, held_out)
+
+
+def _on_target(
+    source: Checkpoint, options: QuantizationOptions, target: str
+) -> tuple[str, Mapping[str, int], Table]:
+    """What the scheme means on `target`, the groups of formats that name none, and the format of every tensor.
+
+    Raises:
+        QuantizationError: the scheme does not fit the checkpoint, or the target cannot multiply one of its formats.
+        UsageError: a budget for a target that multiplies few formats.
+    """
+    is_tensorrt = target == "tensorrt"
+    scheme = with_static_inputs(options.scheme) if is_tensorrt else options.scheme
+    groups = TENSORRT_GROUPS if is_tensorrt else DEFAULT_GROUPS
+    table = resolve(Scheme.parse(scheme, groups), {n: info.shape for n, info in source.tensors.items()})
+    for name, chosen in table.formats.items():
+        layer, written = name.removesuffix(".weight"), format_name(chosen)
+        if is_tensorrt and not can_multiply(chosen):
+            raise QuantizationError(
+                f"{layer}: TensorRT cannot multiply {written}; it takes int4 in groups, int8-weight with a scale "
+                "per output (-g0), and no zero points"
+            )
+        if chosen.activations == "int8-static" and not is_tensorrt:
+            raise QuantizationError(
+                f"{layer}: {written} is for --target tensorrt; this target finds the scales of inputs itself, "
+                "with int8"
+            )
+    if is_tensorrt and options.budget is not None:
+        raise UsageError(
+            "--budget mixes groups of 8 bits, which TensorRT cannot multiply; name exceptions in --quant instead"
+        )
+    return scheme, groups, table
 
 
 def probabilities(bundle: Bundle, items: Sequence[Item], stage: str, report: Progress) -> NDArray[np.float64]:
@@ -131,7 +191,9 @@ def probabilities(bundle: Bundle, items: Sequence[Item], stage: str, report: Pro
     small = bundle.manifest.model.parameters <= SCENES_MAX_PARAMETERS
     workers = min(len(chunks), os.cpu_count() or 1) if small else 1
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with Scorer(Engine(bundle, threads=threads)) as scorer, ThreadPoolExecutor(workers) as pool:
+    opened = partial(open_session, provider="cpu", threads=threads)
+    engine = Engine(bundle, open_graph=lambda path: open_rounded(path, opened))
+    with Scorer(engine) as scorer, ThreadPoolExecutor(workers) as pool:
 
         def score(chunk: Sequence[Item]) -> list[Score]:
             return scorer.score_pairs([(item.prompt, item.image) for item in chunk])

@@ -19,9 +19,12 @@ import onnx_ir as ir
 from zreward.bundle import GraphWork, Work
 from zreward.errors import ExportError
 from zreward.export.graph import Graphs
-from zreward.export.irtools import DOMAIN, input_of
+from zreward.export.irtools import DOMAIN, input_of, width_of
 from zreward.export.passes import quantized_linear as linear
 from zreward.export.passes import quantized_mlp as mlp
+from zreward.export.passes.causal_conv import CAUSAL_CONV_1D
+from zreward.export.passes.delta_rule import GATED_DELTA_RULE
+from zreward.export.passes.plain_attention import PRODUCTS_PER_PAIR
 
 _STATE_PRODUCTS = 3  # of every element of a DeltaNet state for a token: with the key, the value and the query
 _MICROSOFT = "com.microsoft"
@@ -113,7 +116,16 @@ class _Count:
 
 
 def _matmul(node: ir.Node, count: _Count) -> None:
-    count.add_linear(node, math.prod(_matrix(node, 1)), integer=False)
+    if PRODUCTS_PER_PAIR in node.metadata_props:  # of two activations
+        count.attention += int(node.metadata_props[PRODUCTS_PER_PAIR])
+        return
+    count.add_linear(node, math.prod(_matrix(node, 1)), integer=_is_rounded(input_of(node, 0)))
+
+
+def _is_rounded(value: ir.Value) -> bool:
+    """Whether a value comes from codes of 8 bits, which a runtime multiplies in place of it."""
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _int8_linear(node: ir.Node, count: _Count) -> None:
@@ -195,6 +207,8 @@ _COUNTED: Mapping[tuple[str, str], Callable[[ir.Node, _Count], None]] = {
     (DOMAIN, "RotaryAttention"): _rotary_attention,
     (DOMAIN, "CausalAttention"): _causal_attention,
     (DOMAIN, "GatedDeltaNet"): _gated_delta_net,
+    (DOMAIN, GATED_DELTA_RULE): _linear_attention,
+    (DOMAIN, CAUSAL_CONV_1D): _convolution,
     (DOMAIN, "RubricExpectation"): _score_head,
     (DOMAIN, "LabelMass"): _score_head,
 }
@@ -235,11 +249,10 @@ def _state_products(state: ir.Value) -> int:
 
 
 def _width(value: ir.Value) -> int:
-    """The size of the last axis; shape inference writes some as the text of a number."""
-    size = str(value.shape[-1]) if value.shape else "unknown"
-    if not size.isdecimal():
-        raise UncountedError(f"the width of {value.name!r} is not known")
-    return int(size)
+    try:
+        return width_of(value)
+    except ExportError as error:
+        raise UncountedError(str(error)) from None
 
 
 def _matrix(node: ir.Node, index: int) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from zreward.quant.calibrate import Batch
 from zreward.quant.gptq import HessianAccumulator
 from zreward.quant.network import Activations, Block, BlockNetwork
-from zreward.quant.scaling import fake_quantize_blocks, fake_quantize_rows
+from zreward.quant.ranges import MagnitudeHistogram, fake_quantize_static
+from zreward.quant.scaling import fake_quantize_blocks, fake_quantize_inputs, fake_quantize_rows
 from zreward.quant.tensor import WeightFormat
 
 Items = NDArray[np.int64]
@@ -27,16 +28,24 @@ def input_hessians(
     layers: Sequence[str],
     states: Sequence[Activations],
     weights: TokenWeights,
+    histogram: MagnitudeHistogram | None = None,
 ) -> dict[str, Tensor]:
-    """The second moments of the inputs of `layers`, each token with its weight: float [in, in] each."""
+    """The second moments of the inputs of `layers`, each token with its weight: float [in, in] each.
+
+    Where it is given, `histogram` takes in the inputs of the first layer, with the same weights.
+    """
     found = {}
     for layer in layers:
         found[layer] = HessianAccumulator(linear_of(module, layer).in_features, network.device)
     for number, state in enumerate(states):
         with ExitStack() as watches:
             for layer, accumulator in found.items():
-                see = partial(accumulator.add, mask=weights.of(block, layer, number))
-                watches.enter_context(watched_input(linear_of(module, layer), see))
+                mask = weights.of(block, layer, number)
+                sees = [accumulator.add]
+                if histogram is not None and layer == layers[0]:
+                    sees.append(histogram.add)
+                for see in sees:
+                    watches.enter_context(watched_input(linear_of(module, layer), partial(see, mask=mask)))
             network.step(block, module, state)
     return {layer: accumulator.hessian for layer, accumulator in found.items()}
 
@@ -92,17 +101,21 @@ def watched_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[
         handle.remove()
 
 
-def quantize_inputs(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A forward pre-hook: the layer reads its input as 8-bit rows."""
-    return (fake_quantize_rows(arguments[0]), *arguments[1:])
+def quantize_inputs(
+    _: nn.Module, arguments: tuple[Tensor, ...], scale: float | None = None
+) -> tuple[Tensor, ...]:
+    """A forward pre-hook: the layer reads its input as 8-bit rows, or with a static scale."""
+    x = arguments[0]
+    return (fake_quantize_rows(x) if scale is None else fake_quantize_static(x, scale), *arguments[1:])
 
 
 def rounded(x: Tensor, chosen: WeightFormat) -> Tensor:
     """What the runtime's product reads in place of x [..., in], with weights of a format.
 
-    For whole-number products these are rows of 8 bits. Products that dequantize their weights round their inputs
-    too: MatMulNBits of ONNX Runtime with accuracy level 4, to 8 bits with a scale for each group of inputs.
+    For whole-number products these are rows of 8 bits, or all inputs on one grid. Products that dequantize their
+    weights round their inputs too: MatMulNBits of ONNX Runtime with accuracy level 4, to 8 bits with a scale for each
+    group of inputs.
     """
-    if chosen.activations == "int8":
-        return fake_quantize_rows(x)
+    if chosen.rounds_inputs:
+        return fake_quantize_inputs(x, chosen.activations)
     return fake_quantize_blocks(x, chosen.group_size) if chosen.group_size else x

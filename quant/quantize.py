@@ -9,7 +9,7 @@ that, a sweep through the unquantized network and back finds which tokens the sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from zreward.quant.gptq import quantize_gptq
 from zreward.quant.gradients import token_weights
 from zreward.quant.inputs import input_hessians, linear_of, quantize_inputs
 from zreward.quant.network import Activations, Block, BlockNetwork
+from zreward.quant.ranges import MagnitudeHistogram
 from zreward.quant.rtn import quantize_rtn
-from zreward.quant.scheme import Scheme, Table, block_formats, resolve
+from zreward.quant.scheme import DEFAULT_GROUPS, Scheme, Table, block_formats, resolve
 from zreward.quant.sensitivity import alternatives, measure, mixed_table
 from zreward.quant.source import QuantizedCheckpoint
 from zreward.quant.store import StoreWriter, open_store
@@ -48,12 +49,14 @@ class QuantizeOptions:
         method: "rtn", or "gptq", which needs calibration items; None takes gptq where there are items.
         budget: stored bits per quantized weight that the formats may be mixed up to, or None.
         device: where the calibrated methods run.
+        groups: inputs that share a scale where the scheme does not say it, by format.
     """
 
     scheme: str = "int4"
     method: str | None = None
     budget: float | None = None
     device: str = "cpu"
+    groups: Mapping[str, int] = field(default_factory=lambda: DEFAULT_GROUPS)
 
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in METHODS:
@@ -66,7 +69,8 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Table:
     Raises:
         QuantizationError: see `resolve`.
     """
-    return resolve(Scheme.parse(options.scheme), {n: i.shape for n, i in checkpoint.tensors.items()})
+    scheme = Scheme.parse(options.scheme, options.groups)
+    return resolve(scheme, {n: i.shape for n, i in checkpoint.tensors.items()})
 
 
 def quantize(
@@ -91,6 +95,11 @@ def quantize(
     if method != "rtn" and not items:
         raise QuantizationError(f"{method} needs calibration items; give --calibration FILE, or --method rtn")
     table = plan(checkpoint, options)
+    if method == "rtn" and any(chosen.activations == "int8-static" for chosen in table.formats.values()):
+        raise QuantizationError(
+            "static scales of inputs come from calibration; give --calibration FILE and no --method rtn, or keep "
+            "the inputs with int8-weight"
+        )
     check_finite(checkpoint, report)
     writer = StoreWriter(path)
     if method == "rtn":
@@ -191,20 +200,22 @@ class _Calibrated:
         self._smooth_block(block, module, formats, states)
         for unit in units_of(block.kind, formats):
             first = unit.layers[0]
-            found = input_hessians(self.network, block, module, [first], states, self.weights)
-            hessian = found[first]
+            is_static = formats[first].activations == "int8-static"
+            histogram = MagnitudeHistogram() if is_static else None
+            found = input_hessians(self.network, block, module, [first], states, self.weights, histogram)
+            hessian, scale = found[first], histogram.scale if histogram else None
             for layer in unit.layers:
                 name = f"{block.prefix}{layer}.weight"
                 linear = linear_of(module, layer)
                 weight = _named(name, partial(quantize_gptq, linear.weight, hessian, formats[layer]))
                 error = relative_error(linear.weight, weight)
-                self.writer.add(name, weight, error, self.sensitivity.get(name))
+                self.writer.add(name, weight, error, self.sensitivity.get(name), scale)
                 linear.weight.data = torch.from_numpy(weight.dequantized()).to(linear.weight.device)
                 self.done += self.checkpoint.info(name).n_bytes
                 self.report("quantizing", self.done, self.total)
-            if formats[unit.layers[0]].activations == "int8":
+            if formats[first].rounds_inputs:
                 for layer in unit.layers:
-                    linear_of(module, layer).register_forward_pre_hook(quantize_inputs)
+                    linear_of(module, layer).register_forward_pre_hook(partial(quantize_inputs, scale=scale))
 
     def _smooth_block(
         self,
@@ -216,7 +227,7 @@ class _Calibrated:
         """Fold scales in front of every unit whose inputs are to be rounded, before any of its block is."""
         changed: set[str] = set()
         for unit in units_of(block.kind, formats):
-            if formats[unit.layers[0]].activations == "int8":
+            if formats[unit.layers[0]].rounds_inputs:
                 found = smooth(self.network, block, module, unit, formats, states)
                 changed.update(found.changed)
                 names = [f"{block.prefix}{layer}.weight" for layer in unit.layers]

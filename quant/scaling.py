@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zreward.errors import QuantizationError
+from zreward.quant.ranges import fake_quantize_static, static_scale
 from zreward.quant.rtn import fake_quantize
 from zreward.quant.tensor import WeightFormat
 
@@ -133,7 +134,7 @@ def output_error(
 ) -> Callable[[Tensor], float]:
     """The function that `search_scales` minimises: squared error of the outputs, relative, summed over matrices.
 
-    Weights are rounded to nearest with the clip search; inputs are quantized by rows where the format says so.
+    Weights are rounded to nearest with the clip search; inputs are quantized as the format says.
 
     Args:
         samples: [rows, in], inputs of the layer.
@@ -146,19 +147,26 @@ def output_error(
 
     def evaluate(scales: Tensor) -> float:
         inputs = samples / scales
-        rounded = fake_quantize_rows(inputs) if _any_int8(formats) else inputs
+        reads = {kind: fake_quantize_inputs(inputs, kind) for kind in _activations(formats)}
         importance = inputs.square().mean(0)
         error = 0.0
         for weight, output, chosen in zip(matrices, outputs, formats, strict=True):
             scaled = weight * scales
             if chosen is not None:
                 scaled = fake_quantize(scaled, chosen, importance)
-            reads = rounded if chosen is not None and chosen.activations == "int8" else inputs
+            read = inputs if chosen is None else reads[chosen.activations]
             square = float(output.square().sum())
-            error += float((reads @ scaled.T - output).square().sum()) / (square or 1.0)
+            error += float((read @ scaled.T - output).square().sum()) / (square or 1.0)
         return error
 
     return evaluate
+
+
+def fake_quantize_inputs(x: Tensor, activations: str) -> Tensor:
+    """What a product reads in place of x [..., in], see `WeightFormat.activations`; a static scale is that of x."""
+    if activations == "float":
+        return x
+    return fake_quantize_rows(x) if activations == "int8" else fake_quantize_static(x, static_scale(x))
 
 
 def fake_quantize_rows(x: Tensor) -> Tensor:
@@ -220,8 +228,8 @@ def outlier_statistics(x: Tensor) -> OutlierStatistics:
     )
 
 
-def _any_int8(formats: Sequence[WeightFormat | None]) -> bool:
-    return any(chosen is not None and chosen.activations == "int8" for chosen in formats)
+def _activations(formats: Sequence[WeightFormat | None]) -> set[str]:
+    return {chosen.activations for chosen in formats if chosen is not None}
 
 
 def _ratio(over: Tensor, under: Tensor, empty: float) -> float:

@@ -7,6 +7,7 @@ A scheme is text. It begins with a format for everything that may be quantized, 
     int4,model.visual.*=int8-weight,*.down_proj=int8-weight
 
     format    int8             weights of 8 bits, a scale per output; inputs quantized per token
+              int8-static      the same with one scale for all inputs, found in calibration (TensorRT)
               int8-weight      weights of 8 bits, dequantized in the product
               int4             weights of 4 bits
     suffixes  -g16 … -g256     inputs that share a scale, where not 64 (int4) or 128 (int8-weight)
@@ -21,17 +22,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from zreward.errors import QuantizationError
 from zreward.quant.tensor import WeightFormat
 
-DEFAULT_GROUPS = {"int8": 0, "int8-weight": 128, "int4": 64}
+DEFAULT_GROUPS: Mapping[str, int] = {"int8": 0, "int8-static": 0, "int8-weight": 128, "int4": 64}
 """Inputs that share a scale where a name does not say it; 0: the whole row."""
 
-_FORMAT = re.compile(r"(?P<base>int8-weight|int8|int4)(-g(?P<group>\d+))?(?P<asym>-asym)?")
-_BASES = {"int8": (8, "int8"), "int8-weight": (8, "float"), "int4": (4, "float")}
+_FORMAT = re.compile(r"(?P<base>int8-static|int8-weight|int8|int4)(-g(?P<group>\d+))?(?P<asym>-asym)?")
+_BASES = {
+    "int8": (8, "int8"),
+    "int8-static": (8, "int8-static"),
+    "int8-weight": (8, "float"),
+    "int4": (4, "float"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,15 +89,21 @@ class Scheme:
         text: as it was written.
         default: name of the format of every product that no exception names.
         exceptions: (pattern, format name) in the order they are tried; patterns name layers, without ".weight".
+        groups: what names without `-g` mean, see `DEFAULT_GROUPS`.
     """
 
     text: str
     default: str
     exceptions: tuple[tuple[str, str], ...] = ()
+    groups: Mapping[str, int] = field(default_factory=lambda: DEFAULT_GROUPS)
 
     @staticmethod
-    def parse(text: str) -> Scheme:
+    def parse(text: str, groups: Mapping[str, int] = DEFAULT_GROUPS) -> Scheme:
         """Read a scheme.
+
+        Args:
+            text: as above.
+            groups: what names without `-g` mean, where a target multiplies other groups than `DEFAULT_GROUPS`.
 
         Raises:
             QuantizationError: an unknown format, or an exception that is not `pattern=format`.
@@ -105,7 +117,14 @@ class Scheme:
             exceptions.append((pattern.strip(), name.strip()))
         for name in (first, *(name for _, name in exceptions)):
             parse_format(name)
-        return Scheme(text, first, tuple(exceptions))
+        return Scheme(text, first, tuple(exceptions), groups)
+
+
+def with_static_inputs(text: str) -> str:
+    """The scheme with `int8-static` wherever it says `int8`, for runtimes that find no scales of their own."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    names = ["int8-static" if name.strip() == "int8" else name for _, _, name in parts]
+    return ",".join(f"{pattern}{sign}{name}" for (pattern, sign, _), name in zip(parts, names, strict=True))
 
 
 @dataclass(frozen=True)
@@ -123,28 +142,28 @@ class Table:
     kept: Mapping[str, str]
 
 
-def parse_format(name: str) -> WeightFormat | None:
+def parse_format(name: str, groups: Mapping[str, int] = DEFAULT_GROUPS) -> WeightFormat | None:
     """The format of a name such as `int4-g32-asym`; None for `none`.
 
-    Without `-g`, it has the group of `DEFAULT_GROUPS`.
+    Without `-g`, it has the group that `groups` gives it.
     """
     if name == "none":
         return None
     match = _FORMAT.fullmatch(name)
     if match is None:
         raise QuantizationError(
-            f"unknown format {name!r}; known are none, int8, int8-weight and int4, the last two with -g16 to "
-            "-g256 and -asym"
+            f"unknown format {name!r}; known are none, int8, int8-static, int8-weight and int4, the last two with "
+            "-g16 to -g256 and -asym"
         )
     bits, activations = _BASES[match["base"]]
-    group = int(match["group"] or DEFAULT_GROUPS[match["base"]])
+    group = int(match["group"] or groups[match["base"]])
     return WeightFormat(bits, group, not match["asym"], activations)
 
 
 def format_name(chosen: WeightFormat) -> str:
     """The name that `parse_format` reads."""
     base = next(n for n, v in _BASES.items() if v == (chosen.bits, chosen.activations))
-    group = "" if chosen.activations == "int8" else f"-g{chosen.group_size}"
+    group = "" if chosen.rounds_inputs else f"-g{chosen.group_size}"
     return f"{base}{group}{'' if chosen.symmetric else '-asym'}"
 
 
@@ -193,7 +212,7 @@ def resolve(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> Table:
         if chosen == "none":
             kept[tensor] = "the scheme leaves it as it is"
         else:
-            formats[tensor] = _fitted(chosen, layer, shape[1])
+            formats[tensor] = _fitted(chosen, layer, shape[1], scheme.groups)
     for pattern in sorted(unused):
         problem = "names no layer of this checkpoint"
         if pattern in hidden:
@@ -220,9 +239,9 @@ def _refuse_kept(named: Iterable[tuple[str, str]], layer: str, rule: Rule) -> No
             raise QuantizationError(f"{layer} stays as it is: {rule.reason}")
 
 
-def _fitted(name: str, layer: str, in_features: int) -> WeightFormat:
+def _fitted(name: str, layer: str, in_features: int, groups: Mapping[str, int]) -> WeightFormat:
     """The format `name` for one layer; a group size that the name leaves open is made to divide the inputs."""
-    chosen = parse_format(name)
+    chosen = parse_format(name, groups)
     assert chosen is not None
     try:
         if "-g" not in name:

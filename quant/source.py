@@ -30,6 +30,9 @@ class QuantizedWeights(Protocol):
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of a quantized matrix."""
 
+    def input_scale(self, name: str) -> float | None:
+        """The static scale of the inputs of a matrix whose format has one; None where nothing found it."""
+
     def weight(self, name: str) -> QuantizedWeight | CodebookWeight:
         """Read one quantized matrix."""
 

@@ -59,6 +59,7 @@ class StoredLayer:
         inputs: where the inputs are rounded: the strength of smoothing that was chosen (0: none), how far the
             largest value stands out of the rows, and the relative squared error of inputs rounded with one scale
             for all, with one per row before smoothing, and with one per row after it.
+        input_scale: of inputs that are rounded with a static scale.
     """
 
     name: str
@@ -68,6 +69,7 @@ class StoredLayer:
     error: float
     sensitivity: float | None = None
     inputs: InputFacts | None = None
+    input_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,15 @@ class StoreWriter:
         self._floats: dict[str, NDArray[np.float32]] = {}
         self._inputs: dict[str, InputFacts] = {}
 
-    def add(self, name: str, weight: QuantizedWeight, error: float, sensitivity: float | None = None) -> None:
-        """Write one matrix."""
+    def add(
+        self,
+        name: str,
+        weight: QuantizedWeight,
+        error: float,
+        sensitivity: float | None = None,
+        input_scale: float | None = None,
+    ) -> None:
+        """Write one matrix; for the figures see `StoredLayer`."""
         file = f"{len(self._layers):05d}.safetensors"
         codes = weight.codes
         if weight.format.bits == 4:
@@ -102,8 +111,9 @@ class StoreWriter:
         if not weight.format.symmetric:
             tensors["zeros"] = weight.zeros
         save_file(tensors, self.path / file)
+        facts = self._inputs.get(name)
         self._layers.append(
-            StoredLayer(name, file, weight.shape, weight.format, error, sensitivity, self._inputs.get(name))
+            StoredLayer(name, file, weight.shape, weight.format, error, sensitivity, facts, input_scale)
         )
 
     def describe_inputs(self, names: Iterable[str], found: Smoothing) -> None:
@@ -142,6 +152,9 @@ class StoredWeights:
     def shape(self, name: str) -> tuple[int, int]:
         return self._layers[name].shape
 
+    def input_scale(self, name: str) -> float | None:
+        return self._layers[name].input_scale
+
     def weight(self, name: str) -> QuantizedWeight:
         layer = self._layers[name]
         stored = {info.name: read_stored(info) for info in tensors_of_file(self.path / layer.file)}
@@ -163,6 +176,7 @@ class StoredWeights:
                 "error": layer.error,
                 **({} if layer.inputs is None else {"inputs": dataclasses.asdict(layer.inputs)}),
                 **({} if layer.sensitivity is None else {"sensitivity": layer.sensitivity}),
+                **({} if layer.input_scale is None else {"input_scale": layer.input_scale}),
             }
             for layer in self.index.layers
         }

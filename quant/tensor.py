@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zreward.errors import QuantizationError
 
 BITS = (4, 8)
+ACTIVATIONS = ("float", "int8", "int8-static")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class WeightFormat:
         group_size: neighbouring inputs that share a scale; 0: all inputs of an output share one.
         symmetric: the zero point is the middle code and is not stored.
         activations: "float": the product dequantizes the weights; "int8": the inputs are quantized too, a
-            scale per token found at run time, and the product is in whole numbers.
+            scale per token found at run time, and the product is in whole numbers; "int8-static": so are they, with
+            one scale for all that calibration found.
         act_order: the codes have their inputs in another order than the layer, which `QuantizedWeight.order`
             tells. It is known before the weight is read, because a graph must reorder its activations.
         scale_bits: of a stored scale: 16, or 32 where another tool's scales do not fit float16.
@@ -51,10 +53,15 @@ class WeightFormat:
             )
         if self.group_size & (self.group_size - 1):
             raise QuantizationError(f"group size {self.group_size} is not a power of two")
-        if self.activations not in ("float", "int8"):
-            raise QuantizationError(f"activations {self.activations!r} are neither 'float' nor 'int8'")
-        if self.activations == "int8" and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
+        if self.activations not in ACTIVATIONS:
+            raise QuantizationError(f"activations {self.activations!r} are none of {', '.join(ACTIVATIONS)}")
+        if self.rounds_inputs and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
             raise QuantizationError("8-bit activations need symmetric 8-bit weights with a scale per output")
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are quantized too."""
+        return self.activations != "float"
 
     @property
     def max_code(self) -> int:

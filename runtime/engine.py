@@ -112,11 +112,13 @@ class Engine:
 
     def encode_image(self, patches: Patches) -> Floats:
         """Run the vision tower: float32 [tokens, hidden]."""
-        inputs: dict[str, NDArray[Any]] = {
-            "pixel_values": patches.pixel_values,
-            "image_grid_thw": np.array([patches.grid_thw], dtype=np.int64),
-        }
-        features: Floats = self._graphs["vision"].run(["image_features"], inputs)[0]
+        graph = self._graphs["vision"]
+        inputs: dict[str, NDArray[Any]] = {"pixel_values": patches.pixel_values}
+        if "patch_positions" in graph.inputs:  # a tower that does not compute them from the grid
+            inputs["patch_positions"] = patches.positions
+        else:
+            inputs["image_grid_thw"] = np.array([patches.grid_thw], dtype=np.int64)
+        features: Floats = graph.run(["image_features"], inputs)[0]
         return features
 
     def image_state(
@@ -201,15 +203,17 @@ class Engine:
     ) -> dict[str, NDArray[Any]]:
         """What the decoder is given; `keep_states` says whether the new states will be read."""
         rows, tokens = embeddings.shape[:2]
-        inputs = {
+        inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": embeddings,
-            "attention_mask": np.ones((rows, state.length + tokens), dtype=np.int64),
             "position_ids": np.repeat(positions[:, None], rows, axis=1),
             "last_index": np.full(rows, tokens - 1, dtype=np.int64),
             "temperature": np.ones(rows, dtype=np.float32),
             **state.arrays,
         }
-        if "keep_states" in self._graphs["decoder"].inputs:  # a graph that always returns them does not ask
+        asked = self._graphs["decoder"].inputs
+        if "attention_mask" in asked:  # a graph that makes its mask from the lengths does not ask
+            inputs["attention_mask"] = np.ones((rows, state.length + tokens), dtype=np.int64)
+        if "keep_states" in asked:  # a graph that always returns them does not ask
             inputs["keep_states"] = np.array(keep_states, dtype=np.int64)
         return inputs
 

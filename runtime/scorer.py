@@ -23,10 +23,10 @@ from zreward.contract import ScoreContract
 from zreward.distribution import DistributionError, ScoreDistribution
 from zreward.errors import BackendError, UsageError, ZrewardError
 from zreward.image import ImageInput, Patches, preprocess
+from zreward.lengths import MAX_IMAGES
 from zreward.runtime.engine import DecoderState, Engine
 from zreward.runtime.score import Score
 
-MAX_BATCH = 8  # images decoded together, to bound memory
 MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
 _CACHED_PROMPTS = 4
 _PREPROCESSORS = min(4, os.cpu_count() or 1)  # threads that decode and resize
@@ -125,7 +125,7 @@ class Scorer:
             raise UsageError("pairs must be a list of (prompt, image) tuples")
         engine = self.engine
         results: list[Score | ZrewardError] = []
-        chunks = [pairs[start : start + MAX_BATCH] for start in range(0, len(pairs), MAX_BATCH)]
+        chunks = [pairs[start : start + MAX_IMAGES] for start in range(0, len(pairs), MAX_IMAGES)]
         ahead = self._preprocessed(engine, chunks[0]) if chunks else []
         for index, pair_chunk in enumerate(chunks):
             ready = ahead

@@ -1,4 +1,4 @@
-"""Verification of a bundle: every file hashed, every golden input replayed."""
+"""Verification of a bundle: every file hashed, its engines included, every golden input replayed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from zreward.bundle import Bundle, check_files
+from zreward.engines import engines_of
 from zreward.errors import BundleError
 from zreward.runtime.engine import Engine
 from zreward.runtime.scorer import Scorer
@@ -34,11 +35,14 @@ def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | No
     """Hash the files of the bundle at `path` and replay its golden inputs.
 
     Raises:
-        BundleError: a file is missing or altered, or a golden score differs by more than the tolerance.
+        BundleError: a file or an engine is missing or altered, or a golden score differs by more than the tolerance.
         BackendError: the backend is missing or refuses the graphs.
     """
     bundle = Bundle.open(path)
     check_files(bundle)
+    engines = engines_of(bundle)
+    for engine in engines:
+        engine.check_files()
     items = bundle.golden_items()
     largest = 0.0
     with Scorer(Engine(bundle, provider=provider, threads=threads)) as scorer:
@@ -52,4 +56,5 @@ def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | No
             f"{bundle.path}: replayed golden scores differ by {largest:.2e} in a bin probability, more than "
             f"the {tolerance:.0e} that the bundle allows; this backend or processor computes otherwise"
         )
-    return VerifyReport(len(bundle.manifest.files), len(items), largest, tolerance)
+    n_files = len(bundle.manifest.files) + sum(len(engine.info.graphs) for engine in engines)
+    return VerifyReport(n_files, len(items), largest, tolerance)

@@ -15,6 +15,19 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Sizes of the engines that tests built: they show that something was built."""
+    engines = [
+        str(value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "engine"
+    ]
+    if engines:
+        terminalreporter.section("engines that TensorRT-RTX built")
+        terminalreporter.write_line("\n".join(sorted(engines)))
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """Runs `zreward ARGUMENTS` in a process of its own, as users do, on a terminal of 80 columns."""

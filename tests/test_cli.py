@@ -22,6 +22,7 @@ COMMANDS = (
     "bench compare",
     "demo",
     "export",
+    "engine",
     "contract",
     "inspect",
     "verify",

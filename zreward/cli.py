@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from zreward import __version__
-from zreward.commands import bench, bundles, data, demo, evaluate, export, plugins, quantize, score, train
+from zreward.commands import bench, bundles, data, demo, engine, evaluate, export, plugins, quantize, score, train
 from zreward.commands.console import say
 from zreward.errors import ZrewardError
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
+app.command("engine")(engine.engine)
 app.command("contract")(export.contract)
 app.command("inspect")(bundles.inspect)
 app.command("verify")(bundles.verify)

@@ -107,6 +107,14 @@ class Patches:
         return self.grid_thw[1] // self.merge_size, self.grid_thw[2] // self.merge_size
 
     @property
+    def positions(self) -> NDArray[np.int64]:
+        """Row and column of each patch on the grid of patches, int64 [gh·gw, 2], in the order of `pixel_values`."""
+        (rows, columns), merge = self.token_grid, self.merge_size
+        grid = np.indices((rows * merge, columns * merge), dtype=np.int64)
+        blocks = grid.reshape(2, rows, merge, columns, merge).transpose(1, 3, 2, 4, 0)
+        return blocks.reshape(-1, 2)
+
+    @property
     def n_tokens(self) -> int:
         """How many language tokens the image becomes."""
         _, grid_h, grid_w = self.grid_thw

@@ -2,7 +2,7 @@
 
 It is filled beside its final name and renamed. A killed process leaves a hidden directory named after it; the
 next writer of the same name removes it once that process is gone, and puts a directory back that was moved
-aside and not yet replaced. Bundles and quantized checkpoints are written this way.
+aside and not yet replaced. Bundles, quantized checkpoints and engines are written this way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from zreward.errors import UsageError
 
 # What an earlier directory must contain to be replaced: nothing else is ever deleted.
-_MARKERS = {"bundle": "manifest.json", "checkpoint": "config.json"}
+_MARKERS = {"bundle": "manifest.json", "checkpoint": "config.json", "engine": "engine.json"}
 
 # Staged by this process. Containers number their processes alike, so a leftover may bear our own id.
 _staged_here: set[Path] = set()
@@ -62,7 +62,7 @@ def staged_directory(final: Path, *, replace: bool, kind: str = "bundle") -> Ite
     Args:
         final: the name it will have.
         replace: whether an earlier one of this kind under that name is replaced.
-        kind: "bundle" or "checkpoint".
+        kind: "bundle", "checkpoint" or "engine".
 
     Raises:
         UsageError: `final` exists and `replace` is false, is something that must not be replaced, or lies

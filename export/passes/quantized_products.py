@@ -80,7 +80,7 @@ def dequantized_weights(model: ir.Model, weights: QuantizedWeights) -> list[str]
     return sorted(sources & set(weights.formats))
 
 
-class _Products:
+class Products:
     """One graph's quantized products: what they share, and the walk that replaces them."""
 
     def __init__(self, graph: ir.Graph, weights: QuantizedWeights) -> None:
@@ -93,7 +93,7 @@ class _Products:
         """Replace every product that can be; returns how many."""
         changes = 0
         for node in list(self.graph):
-            tensor = _quantized_weight(node, self.formats)
+            tensor = quantized_weight(node, self.formats)
             if tensor is None:
                 continue
             builder = tape.Tape()
@@ -156,7 +156,7 @@ class _Products:
         return self._reordered[key]
 
 
-class _OnnxRuntimeProducts(_Products):
+class _OnnxRuntimeProducts(Products):
     """Products in the operators of com.microsoft."""
 
     def __init__(self, graph: ir.Graph, weights: QuantizedWeights, accuracy_level: int) -> None:
@@ -221,7 +221,7 @@ class _OnnxRuntimeProducts(_Products):
         return result
 
 
-class _PortableProducts(_Products):
+class _PortableProducts(Products):
     """Products in standard operators."""
 
     def _product(self, builder: tape.Tape, x: ir.Value, tensor: CheckpointTensor) -> ir.Value | None:
@@ -244,7 +244,7 @@ class _PortableProducts(_Products):
         return result
 
 
-def _quantized_weight(node: ir.Node, formats: Mapping[str, Any]) -> CheckpointTensor | None:
+def quantized_weight(node: ir.Node, formats: Mapping[str, Any]) -> CheckpointTensor | None:
     """The weight [K, N] of a MatMul, where the checkpoint holds it quantized."""
     if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
         return None

@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping
 
 from zreward.export.targets.cpu import lower_to_cpu
 from zreward.export.targets.portable import lower_to_portable
+from zreward.export.targets.tensorrt import lower_to_tensorrt
 
-LOWERINGS: Mapping[str, Callable[..., None]] = {"cpu": lower_to_cpu, "onnx": lower_to_portable}
+LOWERINGS: Mapping[str, Callable[..., None]] = {
+    "cpu": lower_to_cpu,
+    "onnx": lower_to_portable,
+    "tensorrt": lower_to_tensorrt,
+}
 """By the name of the target; all take the arguments of `lower_to_portable`."""

@@ -80,6 +80,9 @@ class BitsandbytesWeights:
         table = self._checkpoint.read(f"{name}.quant_map")
         return CodebookWeight(layer.format, codes, scales, table)
 
+    def input_scale(self, name: str) -> float | None:
+        return None
+
     def summary(self) -> dict[str, Any]:
         """For the manifest; see `origin_summary`."""
         tensors = self._checkpoint.tensors

@@ -65,6 +65,9 @@ class GptqWeights:
     def weight(self, name: str) -> QuantizedWeight:
         return self._reader.weight(self._layers[name])
 
+    def input_scale(self, name: str) -> float | None:
+        return None
+
     def summary(self) -> dict[str, Any]:
         """For the manifest; see `origin_summary`."""
         tensors = self._reader.checkpoint.tensors

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from zreward.image import ImageSpec, Patches, preprocess, resized_size
+from zreward.lengths import MAX_IMAGES
 from zreward.runtime.engine import DecoderState, Engine
-from zreward.runtime.scorer import MAX_BATCH, MAX_STATE_BYTES, Scorer
+from zreward.runtime.scorer import MAX_STATE_BYTES, Scorer
 
 PARTS = {
     "decode": "decode and resize",
@@ -122,7 +123,7 @@ def _time_parts(scorer: Scorer, prompt: str, images: Sequence[bytes], timer: _Ti
 
 
 def _batch(engine: Engine, state: DecoderState, patches: Patches) -> int:
-    return max(1, min(MAX_BATCH, MAX_STATE_BYTES // engine.image_state_bytes(state, patches.n_tokens)))
+    return max(1, min(MAX_IMAGES, MAX_STATE_BYTES // engine.image_state_bytes(state, patches.n_tokens)))
 
 
 def _score_separately(engine: Engine, prompt: str, images: Sequence[bytes]) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import Cli
 from tests.support.kills import is_left, run_and_kill
+from tests.support.models import Shape, write_checkpoint
 from zreward.bundle import Bundle
 from zreward.checkpoint import Checkpoint
 from zreward.contract import DriftLimits, ScoreContract
@@ -123,6 +124,25 @@ def test_every_target_runs_every_scheme(
         assert np.abs(found[name].probs - expected[name].probs).max() < 0.5  # random weights exaggerate it
 
 
+def test_tensorrt_rounds_inputs_with_scales_that_calibration_found(held_out: Path, tmp_path: Path) -> None:
+    shape = Shape(layers=2, full_attention_interval=2, vision_depth=1)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", shape)
+    few = held_out.with_name("few.jsonl")
+    few.write_text("".join(held_out.read_text().splitlines(keepends=True)[:1]))
+    options = QuantizationOptions(
+        "int8,*.down_proj=int4", calibration=str(few), allow_drift=True, judged=False
+    )
+    bundle = export(checkpoint, tmp_path / "bundle", options, target="tensorrt", weights="fp16")
+    verify_bundle(bundle.path)
+    facts = bundle.manifest.quantization
+    assert facts is not None
+    assert facts["scheme"] == "int8-static,*.down_proj=int4" and facts["method"] == "gptq"
+    formats = {layer["format"]: layer for layer in facts["layers"].values()}
+    assert set(formats) == {"int8-static", "int4-g128"}
+    assert 0 < formats["int8-static"]["input_scale"] < 1 and "input_scale" not in formats["int4-g128"]
+    assert bundle.manifest.work is not None and bundle.manifest.work.decoder.integer_per_row > 0
+
+
 def test_drift_over_a_limit_writes_nothing(copy: Path, held_out: Path, tmp_path: Path) -> None:
     contract = ScoreContract.load(copy)
     dataclasses.replace(contract, drift=DriftLimits(mean_kl=1e-12)).save(copy)
@@ -154,6 +174,7 @@ def test_a_budget_without_data_to_measure_on_is_refused(tiny_checkpoint: Path, h
         ({"evaluation": "nowhere.jsonl"}, QuantizationError, "nowhere.jsonl: no such file"),
         ({"budget": 5.0}, QuantizationError, "a budget is spent by measurement"),
         ({"calibration": "scenes"}, UsageError, "uses no calibration data"),
+        ({"scheme": "int8-static"}, QuantizationError, "int8-static is for --target tensorrt"),
     ],
 )
 def test_mistakes_are_known_before_any_work(
@@ -164,6 +185,28 @@ def test_mistakes_are_known_before_any_work(
         plan_quantization(Checkpoint.open(tiny_checkpoint), options)
     with pytest.raises(error, match=message):
         export(tiny_checkpoint, tmp_path / "bundle", options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scheme": "int8"}, QuantizationError, "rounds inputs with scales that calibration finds"),
+        ({"scheme": "int4-asym"}, QuantizationError, "TensorRT cannot multiply int4-g64-asym"),
+        ({"scheme": "int8-weight-g16"}, QuantizationError, "TensorRT cannot multiply int8-weight-g16"),
+        (
+            {"budget": 5.0, "method": None, "calibration": "scenes"},
+            UsageError,
+            "--budget mixes groups of 8 bits",
+        ),
+    ],
+)
+def test_what_tensorrt_cannot_multiply_is_refused(
+    changes: dict[str, Any], error: type[ZrewardError], message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(QuantizationOptions("int4", method="rtn", allow_drift=True), **changes)
+    with pytest.raises(error, match=message):
+        export(tiny_checkpoint, tmp_path / "bundle", options, target="tensorrt")
     assert not list(tmp_path.iterdir())
 
 

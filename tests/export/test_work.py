@@ -20,12 +20,13 @@ from zreward.checkpoint import Checkpoint
 from zreward.export.graph import Graphs, graphs_from_checkpoint
 from zreward.export.targets.cpu import lower_to_cpu
 from zreward.export.targets.portable import lower_to_portable
+from zreward.export.targets.tensorrt import lower_to_tensorrt
 from zreward.export.work import UncountedError, graph_work, work_of, work_or_none
 from zreward.quant.scheme import Scheme, resolve
 
 HEAD: dict[str, Any] = {"code_ids": list(range(9)), "bins": [1.0] * 9, "n_positions": 512}
 UNEQUAL = Shape(heads=(6, 3), linear_heads=(2, 6), linear_dims=(24, 16), vision_depth=3, tied=False)
-LOWER = pytest.mark.parametrize("lower", [lower_to_cpu, lower_to_portable])
+LOWER = pytest.mark.parametrize("lower", [lower_to_cpu, lower_to_portable, lower_to_tensorrt])
 N_PATCHES = 24
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from zreward.errors import QuantizationError
+from zreward.quant.ranges import fake_quantize_static, static_scale
+from zreward.quant.rtn import fake_quantize
 from zreward.quant.scaling import (
     SCALE_LIMIT,
     fake_quantize_rows,
@@ -171,6 +173,19 @@ def test_output_error_is_the_error_of_the_product_that_runs() -> None:
     expected = ((reads @ plain.T - output) ** 2).sum() / (output**2).sum()
     # The clip search may round better than `plain` does.
     assert output_error(x, [weight], [INT8])(scales) == pytest.approx(expected, rel=0.3)
+
+
+def test_output_error_rounds_inputs_on_one_grid_where_the_format_does() -> None:
+    x, weight = rows_with_loud_channels(rows=50), matrix(8)
+    static, by_row = (WeightFormat(8, activations=kind) for kind in ("int8-static", "int8"))
+    ones = torch.ones(x.shape[1])
+    coarse, fine = (output_error(x, [weight], [chosen])(ones) for chosen in (static, by_row))
+    read = fake_quantize_static(x, static_scale(x))
+    stored = fake_quantize(weight, static, x.square().mean(0))
+    output = x @ weight.T
+    expected = float((read @ stored.T - output).square().sum() / output.square().sum())
+    assert coarse == pytest.approx(expected, rel=1e-3)
+    assert coarse > fine
 
 
 def test_no_scaling_takes_part_and_wins_ties() -> None:

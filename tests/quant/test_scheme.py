@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from zreward.checkpoint import Checkpoint
 from zreward.errors import QuantizationError
 from zreward.quant.scheme import (
+    DEFAULT_GROUPS,
     KEPT,
     PRODUCTS,
     Scheme,
@@ -19,6 +20,7 @@ from zreward.quant.scheme import (
     parse_format,
     resolve,
     rule_for,
+    with_static_inputs,
 )
 from zreward.quant.tensor import WeightFormat
 
@@ -39,6 +41,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 FORMATS = st.one_of(
     st.just(WeightFormat(8, activations="int8")),
+    st.just(WeightFormat(8, activations="int8-static")),
+    st.just(WeightFormat(8)),
     st.builds(WeightFormat, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64, 128, 256]), st.booleans()),
 )
 
@@ -53,7 +57,9 @@ def test_the_name_of_a_format_reads_back_as_the_format(fmt: WeightFormat) -> Non
     [
         ("none", None),
         ("int8", WeightFormat(8, 0, True, "int8")),
+        ("int8-static", WeightFormat(8, 0, True, "int8-static")),
         ("int8-weight", WeightFormat(8, 128)),
+        ("int8-weight-g0", WeightFormat(8)),
         ("int4", WeightFormat(4, 64)),
         ("int4-g32", WeightFormat(4, 32)),
         ("int4-asym", WeightFormat(4, 64, False)),
@@ -67,7 +73,7 @@ def test_names_of_formats(name: str, fmt: WeightFormat | None) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("int3", "unknown format 'int3'; known are none, int8, int8-weight and int4"),
+        ("int3", "unknown format 'int3'; known are none, int8, int8-static, int8-weight and int4"),
         ("", "unknown format ''"),
         ("INT4", "unknown format"),
         ("int4-asym-g32", "unknown format"),
@@ -196,3 +202,23 @@ def test_formats_of_a_block() -> None:
         "down_proj": WeightFormat(8, activations="int8"),
         "up_proj": WeightFormat(4, 64),
     }
+
+
+def test_a_target_may_have_other_groups() -> None:
+    groups = {**DEFAULT_GROUPS, "int4": 128, "int8-weight": 0}
+    table = resolve(Scheme.parse("int4,*.up_proj=int8-weight", groups), SHAPES)
+    assert table.formats[f"{LAYER}.mlp.down_proj.weight"] == WeightFormat(4, 128)
+    assert table.formats[f"{LAYER}.mlp.up_proj.weight"] == WeightFormat(8)
+    assert table.formats[f"{LAYER}.linear_attn.in_proj_qkv.weight"] == WeightFormat(4, 64)  # 192 inputs
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("int8", "int8-static"),
+        ("int4,*.down_proj=int8,*.q_proj=int8-weight", "int4,*.down_proj=int8-static,*.q_proj=int8-weight"),
+        ("int8-weight-g0", "int8-weight-g0"),
+    ],
+)
+def test_int8_becomes_static_where_no_runtime_finds_scales(text: str, expected: str) -> None:
+    assert with_static_inputs(text) == expected

@@ -42,6 +42,17 @@ def test_a_weight_comes_back(tmp_path: Path, checkpoint: Checkpoint, chosen: Wei
     assert summary["kept"] == {NORM: "a vector"}
 
 
+def test_a_static_scale_of_inputs_comes_back(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    chosen = WeightFormat(8, activations="int8-static")
+    writer = StoreWriter(tmp_path)
+    writer.add(LAYER, rounded(checkpoint.read(LAYER), chosen), error=0.1, input_scale=0.03125)
+    writer.finish("int8-static", "gptq", {})
+    weights = open_store(checkpoint, tmp_path).weights
+    assert weights.input_scale(LAYER) == 0.03125
+    layer = weights.summary()["layers"][LAYER.removesuffix(".weight")]
+    assert (layer["format"], layer["input_scale"]) == ("int8-static", 0.03125)
+
+
 def test_replaced_floats_are_read(tmp_path: Path, checkpoint: Checkpoint) -> None:
     writer = StoreWriter(tmp_path)
     writer.add(LAYER, rounded(checkpoint.read(LAYER), WeightFormat(8)), error=0.0)

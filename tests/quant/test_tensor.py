@@ -78,7 +78,7 @@ def test_stored_bits_are_those_of_codes_scales_and_zero_points(
         ({"bits": 4, "group_size": 512}, "choose 16 to 256"),
         ({"bits": 4, "group_size": -1}, "group size -1"),
         ({"bits": 4, "group_size": 48}, "not a power of two"),
-        ({"bits": 8, "activations": "int4"}, "neither 'float' nor 'int8'"),
+        ({"bits": 8, "activations": "int4"}, "none of float, int8"),
         ({"bits": 4, "activations": "int8"}, "need symmetric 8-bit weights"),
         ({"bits": 8, "group_size": 32, "activations": "int8"}, "a scale per output"),
         ({"bits": 8, "symmetric": False, "activations": "int8"}, "need symmetric"),

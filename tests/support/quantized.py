@@ -30,10 +30,15 @@ TABLES = {
 
 
 class WeightsInMemory:
-    """A `QuantizedWeights` of given matrices that counts how often each is read."""
+    """A `QuantizedWeights` of given matrices that counts how often each is read.
+
+    Attributes:
+        scales: of inputs that are rounded with a static scale, by the name of their matrix.
+    """
 
     def __init__(self, matrices: Mapping[str, Weight]) -> None:
         self.matrices = dict(matrices)
+        self.scales: dict[str, float] = {}
         self.reads: Counter[str] = Counter()
 
     @property
@@ -42,6 +47,9 @@ class WeightsInMemory:
 
     def shape(self, name: str) -> tuple[int, int]:
         return self.matrices[name].shape
+
+    def input_scale(self, name: str) -> float | None:
+        return self.scales.get(name)
 
     def weight(self, name: str) -> Weight:
         self.reads[name] += 1

@@ -24,11 +24,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show what a bundle holds, without running it."""
     from zreward.bundle import Bundle
+    from zreward.engines import engines_of
 
     opened = Bundle.open(bundle)
-    manifest = opened.manifest
+    manifest, engines = opened.manifest, engines_of(opened)
     if as_json:
-        console.print_json({"path": str(opened.path), "sha256": opened.sha256, **manifest.to_dict()})
+        built = {engine.path.name: dataclasses.asdict(engine.info) for engine in engines}
+        facts = {"path": str(opened.path), "sha256": opened.sha256, **manifest.to_dict(), "engines": built}
+        console.print_json(facts)
         return
     console.print_fact("bundle", opened.path)
     console.print_fact("sha256", opened.sha256)
@@ -49,6 +52,9 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         print_quantization(manifest.quantization)
     console.print_fact("parity", _parity(manifest))
     console.print_fact("made with", ", ".join(f"{name} {v}" for name, v in manifest.versions.items()))
+    for engine in engines:
+        stale = "" if engine.info.bundle_sha256 == opened.sha256 else ", of another export"
+        console.print_fact("engine", f"{engine.path.name}, {engine.info.tensorrt_version}{stale}")
     _print_files(manifest)
 
 

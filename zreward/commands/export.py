@@ -22,7 +22,7 @@ CheckpointArgument = Annotated[
 
 
 class Weights(StrEnum):
-    """How floating-point weights are stored; the CPU computes in fp32 whatever is chosen."""
+    """How floating-point weights are stored; TensorRT computes their products in that type, a CPU in fp32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -37,6 +37,7 @@ class Method(StrEnum):
 class Target(StrEnum):
     CPU = "cpu"
     ONNX = "onnx"
+    TENSORRT = "tensorrt"
 
 
 def export(

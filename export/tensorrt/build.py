@@ -1,0 +1,163 @@
+"""The main path: a bundle of the target tensorrt to an engine in its directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import zreward
+from zreward.bundle import Bundle, check_files
+from zreward.cuda_device import compute_capability
+from zreward.engines import (
+    ENGINES_FOLDER,
+    GRAPHS,
+    BuiltEngine,
+    EngineInfo,
+    GraphEngine,
+    Profile,
+    engine_name,
+    file_sha256,
+    write_engine_info,
+)
+from zreward.errors import UsageError
+from zreward.export.tensorrt.job import EngineFacts, EngineJob
+from zreward.export.tensorrt.profiles import profiles
+from zreward.export.tensorrt.worker import build_in_child
+from zreward.lengths import MAX_IMAGES
+from zreward.progress import Progress
+from zreward.prompt import PromptEncoder, load_tokenizer
+from zreward.staging import staged_directory
+from zreward.tensorrt_library import Flavour, flavour_named
+
+TARGET = "tensorrt"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build.
+
+    Attributes:
+        flavour: "tensorrt" or "tensorrt-rtx".
+        plugins: library of plugins that takes the place of operators of the domain zreward; TensorRT alone has them.
+        timing_cache: file that keeps what a builder measures, for the next build.
+        compute_capabilities: for TensorRT-RTX, the GPUs to build for, such as "8.9"; empty is all from 8.0 on.
+        images: most images that are scored in one run; None is what the runtime scores together.
+        optimization_level: 0, quick, to 5, thorough; None is the library's own.
+        force: replace an engine of the same name.
+    """
+
+    flavour: str = "tensorrt"
+    plugins: Path | None = None
+    timing_cache: Path | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    images: int | None = None
+    optimization_level: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        flavour = flavour_named(self.flavour)
+        if self.plugins is not None and not flavour.takes_plugins:
+            raise UsageError(f"{flavour.title} has no plugins; leave --plugins out")
+        if self.compute_capabilities and not flavour.portable_to:
+            raise UsageError(
+                f"{flavour.title} builds for the GPU of this machine; --compute-capability is for tensorrt-rtx"
+            )
+        if self.plugins is not None and not self.plugins.is_file():
+            raise UsageError(f"{self.plugins}: no such library; `zreward plugins build` makes it")
+        if self.timing_cache is not None and not self.timing_cache.resolve().parent.is_dir():
+            raise UsageError(f"{self.timing_cache}: its folder does not exist")
+
+
+def build_engine(path: str | Path, options: EngineOptions, progress: Progress | None = None) -> BuiltEngine:
+    """Build engines of both graphs of the bundle at `path`, and put them into its directory.
+
+    Raises:
+        BackendError: the library is not installed, or there is no GPU where it needs one.
+        BundleError: the bundle is damaged.
+        ExportError: the library refuses a graph, cannot build it, or dies.
+        UsageError: the bundle was exported for another target, or has such an engine already.
+    """
+    report = progress or (lambda stage, done, total: None)
+    bundle = Bundle.open(path)
+    if bundle.manifest.target != TARGET:
+        raise UsageError(
+            f"{bundle.path}: exported for {bundle.manifest.target!r}; TensorRT reads what `zreward export CHECKPOINT "
+            f"-o BUNDLE --target {TARGET}` writes"
+        )
+    kinds = _kinds_of_gpus(flavour_named(options.flavour), options)
+    check_files(bundle)
+    encoder = PromptEncoder(bundle.contract, load_tokenizer(bundle.path))
+    sizes = profiles(bundle.contract, encoder, MAX_IMAGES if options.images is None else options.images)
+    name = engine_name(options.flavour, kinds, with_plugins=options.plugins is not None)
+    final = bundle.path / ENGINES_FOLDER / name
+    with staged_directory(final, replace=options.force, kind="engine") as staging:
+        built = {}
+        for graph in GRAPHS:
+            job = _job(bundle, options, graph, sizes[graph], staging.path)
+            built[graph] = job, build_in_child(job, report)
+        info = _described(bundle, options, kinds, built)
+        write_engine_info(staging.path, info)
+        staging.commit()
+    return BuiltEngine(final, info)
+
+
+def _job(
+    bundle: Bundle, options: EngineOptions, graph: str, sizes: tuple[Profile, ...], folder: Path
+) -> EngineJob:
+    """The engine of one graph; operators that plugins take over are those of the decoder."""
+    plugins = options.plugins if graph == "decoder" else None
+    return EngineJob(
+        flavour=options.flavour,
+        graph=str((bundle.path / bundle.manifest.graphs[graph]).resolve()),
+        engine=str(folder / f"{graph}.engine"),
+        profiles=sizes,
+        plugins=str(plugins.resolve()) if plugins else None,
+        timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
+        compute_capabilities=options.compute_capabilities,
+        optimization_level=options.optimization_level,
+    )
+
+
+def _kinds_of_gpus(flavour: Flavour, options: EngineOptions) -> tuple[str, ...]:
+    """Compute capabilities that the engine is for; TensorRT's is that of the GPU at hand."""
+    return options.compute_capabilities or flavour.portable_to or (compute_capability(),)
+
+
+def _described(
+    bundle: Bundle,
+    options: EngineOptions,
+    kinds: tuple[str, ...],
+    built: Mapping[str, tuple[EngineJob, EngineFacts]],
+) -> EngineInfo:
+    graphs = {}
+    for name, (job, facts) in built.items():
+        file = Path(job.engine)
+        graphs[name] = GraphEngine(
+            bytes=file.stat().st_size,
+            sha256=file_sha256(file),
+            inputs=facts.inputs,
+            profiles=job.profiles,
+            plugin_layers=facts.plugin_layers,
+        )
+    plugins = {options.plugins.name: file_sha256(options.plugins)} if options.plugins else {}
+    return EngineInfo(
+        flavour=options.flavour,
+        tensorrt_version=next(facts.tensorrt_version for _, facts in built.values()),
+        compute_capabilities=kinds,
+        precision=_precision(bundle),
+        bundle_sha256=bundle.sha256,
+        plugins=plugins,
+        graphs=graphs,
+        zreward_version=zreward.__version__,
+    )
+
+
+def _precision(bundle: Bundle) -> str:
+    """For example "fp16", or "int4, fp16": how weights are stored, and the type of the products."""
+    quantization = bundle.manifest.quantization
+    return (
+        bundle.manifest.weights
+        if quantization is None
+        else f"{quantization['scheme']}, {bundle.manifest.weights}"
+    )

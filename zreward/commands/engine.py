@@ -1,0 +1,76 @@
+"""`zreward engine`: a TensorRT engine of a bundle, for the machine that will run it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zreward.commands import console
+from zreward.commands.bundles import BundleArgument
+
+if TYPE_CHECKING:
+    from zreward.engines import BuiltEngine
+
+
+class FlavourName(StrEnum):
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+def engine(
+    bundle: BundleArgument,
+    flavour: Annotated[
+        FlavourName, typer.Option(help="tensorrt builds on the GPU that runs it, tensorrt-rtx anywhere.")
+    ] = FlavourName.TENSORRT,
+    plugins: Annotated[
+        Path | None, typer.Option(help="Library that `zreward plugins build` made; TensorRT only.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Most images of a run; as many as the runtime scores together.")
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A kind of GPU to build for, such as 8.9; TensorRT-RTX only, by default all from 8.0."
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps what the builder measures, for the next build.")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="0 builds quickly, 5 searches longest.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an engine of this kind.")] = False,
+) -> None:
+    """Build TensorRT engines of a bundle that was exported with `--target tensorrt`."""
+    from zreward.export.tensorrt import EngineOptions, build_engine
+
+    options = EngineOptions(
+        flavour=flavour.value,
+        plugins=plugins,
+        timing_cache=timing_cache,
+        compute_capabilities=tuple(compute_capability or ()),
+        images=images,
+        optimization_level=optimization_level,
+        force=force,
+    )
+    with console.progress("%") as progress:
+        built = build_engine(bundle, options, progress)
+    print_engine(built)
+
+
+def print_engine(built: BuiltEngine) -> None:
+    """What an engine was built by and for, with the sizes that it takes."""
+    info = built.info
+    console.print_fact("engine", built.path)
+    console.print_fact("built by", f"{info.flavour} {info.tensorrt_version}, in {info.precision}")
+    console.print_fact("runs on", f"compute capability {', '.join(info.compute_capabilities)}")
+    for name, graph in info.graphs.items():
+        plugins = f", {graph.plugin_layers} plugin layers" if info.plugins else ""
+        console.print_fact(name, f"{graph.bytes / 1e6:,.1f} MB{plugins}")
+        for profile in graph.profiles:
+            sizes = ", ".join(f"{axis} {least} to {most}" for axis, (least, _, most) in profile.axes.items())
+            console.print_fact("", f"{profile.name}: {sizes}")

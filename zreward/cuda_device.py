@@ -1,0 +1,45 @@
+"""What the CUDA driver says of a GPU, without any package of CUDA: the driver's library is all that is loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+from zreward.errors import BackendError
+
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+
+def compute_capability(device: int = 0) -> str:
+    """The compute capability of a GPU, for example "8.9".
+
+    Raises:
+        BackendError: there is no driver, or no such GPU.
+    """
+    try:
+        driver = ctypes.CDLL(_LIBRARY)
+    except OSError as error:
+        raise BackendError(
+            f"no CUDA driver on this machine ({error}); install NVIDIA's driver, or run where there is a GPU"
+        ) from None
+    _call(driver, "cuInit", 0)
+    handle = ctypes.c_int()
+    _call(driver, "cuDeviceGet", ctypes.byref(handle), device)
+    numbers = []
+    for attribute in (_MAJOR, _MINOR):
+        value = ctypes.c_int()
+        _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
+        numbers.append(value.value)
+    return f"{numbers[0]}.{numbers[1]}"
+
+
+def _call(driver: ctypes.CDLL, name: str, *arguments: object) -> None:
+    status = int(getattr(driver, name)(*arguments))
+    if status:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        reason = text.value.decode() if text.value else f"error {status}"
+        raise BackendError(
+            f"the CUDA driver has no usable GPU ({name}: {reason}); check it with `nvidia-smi`"
+        )

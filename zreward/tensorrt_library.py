@@ -1,0 +1,77 @@
+"""The two libraries that build and run engines: TensorRT, and TensorRT for RTX. Neither is imported before it is asked.
+
+Their Python interfaces have the same names. TensorRT builds on the GPU that will run the engine. TensorRT-RTX builds
+without one, for all kinds of GPUs of a range, and compiles the last step where it runs; it takes no plugins.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from zreward.errors import BackendError, UsageError
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the libraries.
+
+    Attributes:
+        title: its name.
+        modules: that have its interface, the first that can be imported is taken.
+        install: the command that installs it.
+        portable_to: compute capabilities of an engine that was built for no one in particular; empty where it is
+            built for the GPU at hand.
+        takes_plugins: whether it may load plugins.
+    """
+
+    title: str
+    modules: tuple[str, ...]
+    install: str
+    portable_to: tuple[str, ...]
+    takes_plugins: bool
+
+
+FLAVOURS: Mapping[str, Flavour] = {
+    "tensorrt": Flavour(
+        "TensorRT", ("tensorrt", "tensorrt_bindings"), "pip install 'zreward[tensorrt]'", (), True
+    ),
+    "tensorrt-rtx": Flavour(
+        "TensorRT-RTX",
+        ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+        "pip install 'zreward[tensorrt-rtx]'",
+        ("8.0+",),
+        False,
+    ),
+}
+
+
+def flavour_named(name: str) -> Flavour:
+    """The library of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in FLAVOURS:
+        raise UsageError(f"unknown flavour {name!r}; choose from {', '.join(FLAVOURS)}")
+    return FLAVOURS[name]
+
+
+def load_tensorrt(name: str) -> ModuleType:
+    """Import the library of this name; one process should load one of them alone.
+
+    Raises:
+        BackendError: it is not installed, or cannot be loaded.
+        UsageError: there is none of this name.
+    """
+    flavour, problems = flavour_named(name), []
+    for module in flavour.modules:
+        try:
+            return importlib.import_module(module)
+        except (ImportError, OSError) as error:
+            problems.append(f"{module}: {error}")
+    raise BackendError(
+        f"{flavour.title} cannot be imported ({'; '.join(problems)}); install it with `{flavour.install}`"
+    )
