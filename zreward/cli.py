@@ -15,7 +15,19 @@ import typer
 from typer.core import TyperGroup
 
 from zreward import __version__
-from zreward.commands import bench, bundles, data, demo, engine, evaluate, export, plugins, quantize, score, train
+from zreward.commands import (
+    bench,
+    bundles,
+    data,
+    demo,
+    engine,
+    evaluate,
+    export,
+    plugins,
+    quantize,
+    score,
+    train,
+)
 from zreward.commands.console import say
 from zreward.errors import ZrewardError
 

@@ -23,6 +23,7 @@ from typing import Any
 from zreward.bundle import Bundle
 from zreward.errors import BackendError, BundleError
 from zreward.jsonfile import dataclass_from_json, read_json_object, write_json
+from zreward.plugins import LOCATION
 
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
@@ -211,8 +212,9 @@ class BuiltEngine:
             if library is None or not library.is_file():
                 where = f"; {library} does not exist" if library else ""
                 raise BackendError(
-                    f"{self.path}: the engine was built with the plugins of {name}{where}; name the library, build it "
-                    "with `zreward plugins build`, or build an engine without plugins with `zreward engine BUNDLE`"
+                    f"{self.path}: the engine was built with the plugins of {name}{where}; name the library in "
+                    f"{LOCATION}, build it with `zreward plugins build`, or build an engine without plugins with "
+                    "`zreward engine BUNDLE --no-plugins`"
                 )
             if file_sha256(library) != expected:
                 raise BackendError(

@@ -21,10 +21,12 @@ from zreward.engines import (
     write_engine_info,
 )
 from zreward.errors import UsageError
-from zreward.export.tensorrt.job import EngineFacts, EngineJob
+from zreward.export.plugins.quick_head import quick_head_ptx
+from zreward.export.tensorrt.job import EngineFacts, EngineJob, PluginsOfJob
 from zreward.export.tensorrt.profiles import profiles
 from zreward.export.tensorrt.worker import build_in_child
 from zreward.lengths import MAX_IMAGES
+from zreward.plugins import PluginLibrary, installed_tensorrt
 from zreward.progress import Progress
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.staging import staged_directory
@@ -39,7 +41,10 @@ class EngineOptions:
 
     Attributes:
         flavour: "tensorrt" or "tensorrt-rtx".
-        plugins: library of plugins that takes the place of operators of the domain zreward; TensorRT alone has them.
+        plugins: library that `zreward plugins build` made, whose plugins take the place of operators of the domain
+            zreward; None builds without. TensorRT alone has them.
+        quick_head: compile the score head alone into the engine, as a Python plugin of TensorRT; needs no compiler of
+            C++, but NVRTC.
         timing_cache: file that keeps what a builder measures, for the next build.
         compute_capabilities: for TensorRT-RTX, the GPUs to build for, such as "8.9"; empty is all from 8.0 on.
         images: most images that are scored in one run; None is what the runtime scores together.
@@ -49,6 +54,7 @@ class EngineOptions:
 
     flavour: str = "tensorrt"
     plugins: Path | None = None
+    quick_head: bool = False
     timing_cache: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
     images: int | None = None
@@ -57,8 +63,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         flavour = flavour_named(self.flavour)
-        if self.plugins is not None and not flavour.takes_plugins:
-            raise UsageError(f"{flavour.title} has no plugins; leave --plugins out")
+        if (self.plugins is not None or self.quick_head) and not flavour.takes_plugins:
+            raise UsageError(f"{flavour.title} has no plugins; leave --plugins and --quick-head out")
+        if self.plugins is not None and self.quick_head:
+            raise UsageError("--plugins and --quick-head both have the score head; leave one of them out")
         if self.compute_capabilities and not flavour.portable_to:
             raise UsageError(
                 f"{flavour.title} builds for the GPU of this machine; --compute-capability is for tensorrt-rtx"
@@ -76,6 +84,7 @@ def build_engine(path: str | Path, options: EngineOptions, progress: Progress | 
         BackendError: the library is not installed, or there is no GPU where it needs one.
         BundleError: the bundle is damaged.
         ExportError: the library refuses a graph, cannot build it, or dies.
+        PluginError: the plugins were altered or built for another version of TensorRT, or NVRTC is missing.
         UsageError: the bundle was exported for another target, or has such an engine already.
     """
     report = progress or (lambda stage, done, total: None)
@@ -85,34 +94,54 @@ def build_engine(path: str | Path, options: EngineOptions, progress: Progress | 
             f"{bundle.path}: exported for {bundle.manifest.target!r}; TensorRT reads what `zreward export CHECKPOINT "
             f"-o BUNDLE --target {TARGET}` writes"
         )
+    plugins = _opened(options.plugins)
+    if options.quick_head:
+        quick_head_ptx(0, 1e-6)  # or a missing compiler would show after the first engine is built
     kinds = _kinds_of_gpus(flavour_named(options.flavour), options)
     check_files(bundle)
     encoder = PromptEncoder(bundle.contract, load_tokenizer(bundle.path))
     sizes = profiles(bundle.contract, encoder, MAX_IMAGES if options.images is None else options.images)
-    name = engine_name(options.flavour, kinds, with_plugins=options.plugins is not None)
+    name = engine_name(options.flavour, kinds, with_plugins=plugins is not None)
     final = bundle.path / ENGINES_FOLDER / name
     with staged_directory(final, replace=options.force, kind="engine") as staging:
         built = {}
         for graph in GRAPHS:
-            job = _job(bundle, options, graph, sizes[graph], staging.path)
+            job = _job(bundle, options, graph, sizes[graph], staging.path, plugins)
             built[graph] = job, build_in_child(job, report)
-        info = _described(bundle, options, kinds, built)
+        info = _described(bundle, options, kinds, built, plugins)
         write_engine_info(staging.path, info)
         staging.commit()
     return BuiltEngine(final, info)
 
 
+def _opened(path: Path | None) -> PluginLibrary | None:
+    """The library of plugins; one for another TensorRT is refused before anything is built."""
+    if path is None:
+        return None
+    library = PluginLibrary.open(path)
+    library.check_version(installed_tensorrt() or library.record.tensorrt or "")
+    return library
+
+
 def _job(
-    bundle: Bundle, options: EngineOptions, graph: str, sizes: tuple[Profile, ...], folder: Path
+    bundle: Bundle,
+    options: EngineOptions,
+    graph: str,
+    sizes: tuple[Profile, ...],
+    folder: Path,
+    plugins: PluginLibrary | None,
 ) -> EngineJob:
     """The engine of one graph; operators that plugins take over are those of the decoder."""
-    plugins = options.plugins if graph == "decoder" else None
+    has_operators = graph == "decoder"
     return EngineJob(
         flavour=options.flavour,
         graph=str((bundle.path / bundle.manifest.graphs[graph]).resolve()),
         engine=str(folder / f"{graph}.engine"),
         profiles=sizes,
-        plugins=str(plugins.resolve()) if plugins else None,
+        plugins=(
+            PluginsOfJob(str(plugins.path), plugins.record.sha256) if plugins and has_operators else None
+        ),
+        quick_head=options.quick_head and has_operators,
         timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
         compute_capabilities=options.compute_capabilities,
         optimization_level=options.optimization_level,
@@ -129,6 +158,7 @@ def _described(
     options: EngineOptions,
     kinds: tuple[str, ...],
     built: Mapping[str, tuple[EngineJob, EngineFacts]],
+    plugins: PluginLibrary | None,
 ) -> EngineInfo:
     graphs = {}
     for name, (job, facts) in built.items():
@@ -140,14 +170,13 @@ def _described(
             profiles=job.profiles,
             plugin_layers=facts.plugin_layers,
         )
-    plugins = {options.plugins.name: file_sha256(options.plugins)} if options.plugins else {}
     return EngineInfo(
         flavour=options.flavour,
         tensorrt_version=next(facts.tensorrt_version for _, facts in built.values()),
         compute_capabilities=kinds,
         precision=_precision(bundle),
         bundle_sha256=bundle.sha256,
-        plugins=plugins,
+        plugins={plugins.path.name: plugins.record.sha256} if plugins else {},
         graphs=graphs,
         zreward_version=zreward.__version__,
     )

@@ -11,8 +11,10 @@ from types import ModuleType
 from typing import Any
 
 from zreward.engines import Profile, parse_capability
-from zreward.errors import ExportError
-from zreward.export.tensorrt.job import EngineFacts, EngineJob
+from zreward.errors import ExportError, PluginError
+from zreward.export.plugins.quick_head import register_quick_head
+from zreward.export.tensorrt.job import EngineFacts, EngineJob, PluginsOfJob
+from zreward.plugins import PluginLibrary
 from zreward.progress import Progress
 
 _SHOWN_ERRORS = 3
@@ -27,14 +29,17 @@ def build(trt: ModuleType, job: EngineJob, report: Progress) -> EngineFacts:
         report: hears of the steps of the builder.
 
     Raises:
-        ExportError: the library cannot start, refuses the graph, a profile or the plugins, or cannot build it.
+        ExportError: the library cannot start, refuses the graph or a profile, or cannot build it.
+        PluginError: the plugins were altered or built for another version, or this TensorRT does not take them.
     """
     said: list[str] = []
     listener = _listener(trt, said)  # the library keeps no reference to what it calls back
     monitor = _monitor(trt, f"building {Path(job.engine).name}", report)
     builder = _started(trt, listener, said)
-    if job.plugins is not None and builder.get_plugin_registry().load_library(job.plugins) is None:
-        raise ExportError(f"{job.plugins}: no library of plugins that this TensorRT can load{_told(said)}")
+    if job.plugins is not None:
+        _load_plugins(trt, builder, job.plugins, said)
+    if job.quick_head:
+        register_quick_head(trt)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, listener)
     if not parser.parse_from_file(job.graph):
@@ -42,8 +47,9 @@ def build(trt: ModuleType, job: EngineJob, report: Progress) -> EngineFacts:
             f"{job.graph}: the parser of TensorRT {trt.__version__} refuses it: {_refusal(parser)}"
         )
     n_plugins = _plugin_layers(trt, network)
-    if job.plugins is not None and n_plugins == 0:
-        raise ExportError(f"{job.plugins}: its plugins serve no operator of {Path(job.graph).name}")
+    if (job.plugins is not None or job.quick_head) and n_plugins == 0:
+        loaded = job.plugins.path if job.plugins else "the Python plugin of the head"
+        raise ExportError(f"{loaded}: no operator of {Path(job.graph).name} became a plugin{_told(said)}")
     config = _configured(trt, builder, job, monitor)
     inputs = _input_shapes(network)
     for profile in job.profiles:
@@ -80,6 +86,14 @@ def _started(trt: ModuleType, listener: Any, said: list[str]) -> Any:
             f"TensorRT {trt.__version__} does not start{_told([*said, str(error)])}; it builds where its GPU and "
             "driver are, which `nvidia-smi` shows. TensorRT-RTX builds without one: --flavour tensorrt-rtx"
         ) from None
+
+
+def _load_plugins(trt: ModuleType, builder: Any, plugins: PluginsOfJob, said: list[str]) -> None:
+    try:
+        library = PluginLibrary.open(plugins.path, sha256=plugins.sha256)
+        library.load(trt, builder.get_plugin_registry())
+    except PluginError as error:
+        raise PluginError(f"{error}{_told(said)}") from None
 
 
 def _configured(trt: ModuleType, builder: Any, job: EngineJob, monitor: Any) -> Any:

@@ -9,6 +9,14 @@ from zreward.engines import Profile
 
 
 @dataclass(frozen=True)
+class PluginsOfJob:
+    """The library of plugins to load: its file, and the sha256 that the engine's record will name."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class EngineJob:
     """One engine to build.
 
@@ -17,7 +25,8 @@ class EngineJob:
         graph: ONNX file.
         engine: file to write.
         profiles: sizes to optimize for, by the names of the graph's axes.
-        plugins: library of plugins to load, or None.
+        plugins: to load, or None.
+        quick_head: whether the score head is TensorRT's Python plugin.
         timing_cache: file that timings of kernels are read from and added to, or None.
         compute_capabilities: kinds of GPUs to build for; empty leaves it to the library.
         optimization_level: 0 to 5; None is the library's own.
@@ -27,7 +36,8 @@ class EngineJob:
     graph: str
     engine: str
     profiles: tuple[Profile, ...]
-    plugins: str | None = None
+    plugins: PluginsOfJob | None = None
+    quick_head: bool = False
     timing_cache: str | None = None
     compute_capabilities: tuple[str, ...] = ()
     optimization_level: int | None = None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import references
-from tests.support.plugins import ROOT, run
+from tests.support.tensorrt_api import VERSIONS, bindings_environment, on_linux_x86_64
 from zreward.errors import PluginError
 from zreward.export.plugins import nvrtc, toolchain
 from zreward.export.plugins.quick_head import KERNEL, OPERATOR, quick_head_ptx, register_quick_head
@@ -204,24 +202,7 @@ def test_a_tensorrt_without_python_plugins_is_refused() -> None:
         register_quick_head(module)
 
 
-# NVIDIA's own Python classes, without their library: stubs have the names that the bindings are linked against.
-
-BINDINGS = importlib.util.find_spec("tensorrt_bindings")
-
-STUBS = " ".join(
-    f"void* {name}(void) {{ return 0; }}"
-    for name in (
-        "createInferBuilder_INTERNAL",
-        "createInferRefitter_INTERNAL",
-        "createInferRuntime_INTERNAL",
-        "createNvOnnxParser_INTERNAL",
-        "createNvOnnxParserRefitter_INTERNAL",
-        "getBuilderPluginRegistry",
-        "getNvOnnxParserVersion",
-        "getPluginRegistry",
-        "initLibNvInferPlugins",
-    )
-)
+# NVIDIA's own Python classes, without their library.
 
 IN_BINDINGS = """
 import json
@@ -252,31 +233,11 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(BINDINGS is None, reason="TensorRT's Python bindings are not installed")
-def test_the_real_bindings_take_it(tmp_path: Path) -> None:
+@on_linux_x86_64
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_real_bindings_take_it(version: str, tmp_path: Path) -> None:
     """Their own checks of signatures run, and the names that `PluginLibrary.load` uses are there."""
-    assert BINDINGS is not None and BINDINGS.origin is not None
-    package = Path(BINDINGS.origin).parent
-    found = [info.stem.split("-")[1] for info in package.parent.glob("tensorrt_cu*_bindings-*.dist-info")]
-    assert len(found) == 1
-    major = found[0].split(".")[0]
-    (tmp_path / "stubs.c").write_text(STUBS)
-    for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
-        library = f"lib{name}.so.{major}"
-        run(
-            [
-                "gcc",
-                "-shared",
-                "-fPIC",
-                f"-Wl,-soname,{library}",
-                str(tmp_path / "stubs.c"),
-                "-o",
-                str(tmp_path / library),
-            ]
-        )
-    (tmp_path / "tensorrt").symlink_to(package)
-    paths = [str(tmp_path), str(ROOT.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = bindings_environment(version, tmp_path)
     command = [sys.executable, "-c", IN_BINDINGS]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr

@@ -1,12 +1,11 @@
 """The declarations that the plugins are built on in tests, against NVIDIA's: their headers, and a real plugin registry.
 
-Where ZREWARD_TENSORRT_INCLUDE names a folder of TensorRT's headers, layouts are compared; where TensorRT-RTX is
-installed, its registry loads the library. docs/plugins.md names the versions for which both were run.
+Where ZREWARD_TENSORRT_INCLUDE names a folder of TensorRT's headers, layouts are compared; TensorRT-RTX's registry loads
+the library. docs/plugins.md names the versions for which both were run.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,14 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.plugins import EMULATOR, ROOT, STAND_IN, run
+from tests.support.tensorrt_api import on_linux_x86_64
 from zreward.plugins import OPERATORS, described
 
 needs_headers = pytest.mark.skipif(
     "ZREWARD_TENSORRT_INCLUDE" not in os.environ,
     reason="ZREWARD_TENSORRT_INCLUDE names no headers of TensorRT",
-)
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed"
 )
 
 LOGGERS = ("ILogger::", "ILoggerFinder::")
@@ -87,7 +84,7 @@ print(json.dumps({
 """
 
 
-@needs_rtx
+@on_linux_x86_64
 def test_a_real_registry_takes_the_library(emulated: Path) -> None:
     """Creators, a plugin of good attributes, none of bad ones, and the reason in the real logger.
 

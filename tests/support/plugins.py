@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from zreward.plugins import OPERATORS, PluginRecord, sha256_of, write_record
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT.parent / "export" / "plugins"
 EMULATOR = ROOT / "plugins" / "emulator"
@@ -35,6 +37,15 @@ _FIELD_TYPES = {
     FIELD_INT64: "<i8",
     FIELD_CHAR: "S1",
 }
+
+
+def recorded_library(path: Path, tensorrt: str) -> PluginRecord:
+    """A file that is no library, and beside it the record of one that was built for this version of TensorRT."""
+    path.write_bytes(b"plugins for " + tensorrt.encode())
+    sha256, n_bytes = sha256_of(path), path.stat().st_size
+    record = PluginRecord(sha256, n_bytes, "0", 1, "13.0", ("8.0",), tensorrt, OPERATORS)
+    write_record(path, record)
+    return record
 
 
 def tensorrt_include() -> Path:

@@ -1,19 +1,35 @@
 """The real Python bindings of TensorRT without its libraries, for holding code against their interface.
 
-`compile_stubs` makes three libraries that have nothing but the symbols that the bindings ask for, so that these can be
-imported. Nothing behind them works. `Checked` therefore stands in for their classes: it has the attributes of the real
-class and no others, and a call must fit the signature that the real method documents. What a call returns is an object
-of the class that the signature names, or an answer that the test gives.
+`make bindings` installs them beside the packages of the environment; they are NVIDIA's, and not in the repository.
+`bindings_environment` makes three libraries that have nothing but the symbols that the bindings ask for, so that these
+can be imported. Nothing behind them works. `Checked` therefore stands in for their classes: it has the attributes of
+the real class and no others, and a call must fit the signature that the real method documents. What a call returns is
+an object of the class that the signature names, or an answer that the test gives.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+VERSIONS = ("10.16.1.11", "11.4.0.106")
+"""Of the bindings; the Makefile names the same."""
+
+on_linux_x86_64 = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="NVIDIA has these packages for Linux on x86-64",
+)
 
 _POINTERS = (
     "createInferBuilder_INTERNAL",
@@ -40,9 +56,18 @@ _PLAIN = {
 Answers = Mapping[str, Any]
 
 
-def compile_stubs(folder: Path, major: str) -> Path:
-    """Libraries of the names that bindings of this major version load; returns the folder for LD_LIBRARY_PATH."""
-    folder.mkdir(parents=True)
+def bindings_environment(version: str, folder: Path) -> dict[str, str]:
+    """Variables for a process that imports the bindings of one version as `tensorrt`, over stubs made in `folder`."""
+    bindings = Path(sys.prefix) / f"tensorrt-{version}" / "tensorrt_bindings"
+    assert bindings.is_dir(), f"the bindings of TensorRT {version} are missing; `make bindings` installs them"
+    _compile_stubs(folder, version.split(".")[0])
+    (folder / "tensorrt").symlink_to(bindings)
+    paths = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _compile_stubs(folder: Path, major: str) -> None:
+    """Libraries of the names that bindings of this major version load."""
     source = folder / "stubs.c"
     lines = [f"void *{name}(void) {{ return 0; }}" for name in _POINTERS]
     source.write_text("\n".join([*lines, *(f"int {name}(void) {{ return 0; }}" for name in _NUMBERS)]))
@@ -50,7 +75,6 @@ def compile_stubs(folder: Path, major: str) -> Path:
         name = f"lib{library}.so.{major}"
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
         subprocess.run(command, check=True)
-    return folder
 
 
 class CheckedModule:

@@ -10,6 +10,7 @@ import typer
 
 from zreward.commands import console
 from zreward.commands.bundles import BundleArgument
+from zreward.errors import UsageError
 
 if TYPE_CHECKING:
     from zreward.engines import BuiltEngine
@@ -26,8 +27,21 @@ def engine(
         FlavourName, typer.Option(help="tensorrt builds on the GPU that runs it, tensorrt-rtx anywhere.")
     ] = FlavourName.TENSORRT,
     plugins: Annotated[
-        Path | None, typer.Option(help="Library that `zreward plugins build` made; TensorRT only.")
+        Path | None,
+        typer.Option(
+            help="Library of plugins; by default ZREWARD_PLUGINS, or the one in the user's cache. TensorRT only."
+        ),
     ] = None,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Use no plugins, even where a library is found.")
+    ] = False,
+    quick_head: Annotated[
+        bool,
+        typer.Option(
+            "--quick-head",
+            help="Compile the score head alone into the engine, without a library; needs nvidia-cuda-nvrtc.",
+        ),
+    ] = False,
     images: Annotated[
         int | None, typer.Option(help="Most images of a run; as many as the runtime scores together.")
     ] = None,
@@ -50,7 +64,8 @@ def engine(
 
     options = EngineOptions(
         flavour=flavour.value,
-        plugins=plugins,
+        plugins=_library(flavour, plugins, without=no_plugins or quick_head),
+        quick_head=quick_head,
         timing_cache=timing_cache,
         compute_capabilities=tuple(compute_capability or ()),
         images=images,
@@ -62,6 +77,23 @@ def engine(
     print_engine(built)
 
 
+def _library(flavour: FlavourName, named: Path | None, *, without: bool) -> Path | None:
+    """The plugins to build with: those that were named, else those that the runtime will look for too."""
+    from zreward.plugins import find_library
+    from zreward.tensorrt_library import flavour_named
+
+    if named is not None and without:
+        raise UsageError(
+            "--plugins goes neither with --no-plugins nor with --quick-head; leave one of them out"
+        )
+    if named is not None or without or not flavour_named(flavour.value).takes_plugins:
+        return named
+    found = find_library()
+    if found is not None:
+        console.say(f"building with the plugins of {found}; --no-plugins goes without")
+    return found
+
+
 def print_engine(built: BuiltEngine) -> None:
     """What an engine was built by and for, with the sizes that it takes."""
     info = built.info
@@ -69,7 +101,7 @@ def print_engine(built: BuiltEngine) -> None:
     console.print_fact("built by", f"{info.flavour} {info.tensorrt_version}, in {info.precision}")
     console.print_fact("runs on", f"compute capability {', '.join(info.compute_capabilities)}")
     for name, graph in info.graphs.items():
-        plugins = f", {graph.plugin_layers} plugin layers" if info.plugins else ""
+        plugins = f", {graph.plugin_layers} plugin layers" if graph.plugin_layers else ""
         console.print_fact(name, f"{graph.bytes / 1e6:,.1f} MB{plugins}")
         for profile in graph.profiles:
             sizes = ", ".join(f"{axis} {least} to {most}" for axis, (least, _, most) in profile.axes.items())

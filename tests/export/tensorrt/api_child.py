@@ -1,18 +1,19 @@
 """Runs the builder over the real bindings of one version, in a process whose loader finds the stub libraries.
 
-python -m tests.export.tensorrt.api_child FOLDER_OF_THE_BINDINGS JOB.json WHAT
+python -m tests.export.tensorrt.api_child JOBS.json
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import tensorrt
+
 from tests.support.tensorrt_api import CheckedModule
-from zreward.errors import ExportError
+from zreward.errors import ExportError, ZrewardError
 from zreward.export.tensorrt.builder import build
 from zreward.export.tensorrt.job import EngineJob
 from zreward.jsonfile import dataclass_from_json
@@ -33,7 +34,8 @@ def answers(trt: Any, what: str) -> dict[str, Any]:
         "ITensor.shape": lambda number: INPUTS[number][1],
         "ITensor.get_dimension_name": lambda number, axis: INPUTS[number][2][axis],
         "ILayer.type": lambda number: plain if number or what == "no plugin layer" else plugin,
-        "IPluginRegistry.load_library": None if what == "a bad library" else object(),
+        "IPluginRegistry.load_library": None if what == "a library that does not load" else object(),
+        "IPluginRegistry.get_creator": None if what == "a library without plugins" else object(),
         "OnnxParser.parse_from_file": what != "a refused graph",
         "OnnxParser.num_errors": 5,
         "OnnxParser.get_error": trt.ParserError,
@@ -47,13 +49,28 @@ def answers(trt: Any, what: str) -> dict[str, Any]:
     }
 
 
+class SharedRegistry:
+    """The registry that all share, which Python plugins register with: there is none over stubs."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def register_creator(self, creator: Any, namespace: str) -> None:
+        self.calls.append(f"register_creator {namespace}::{creator.name}")
+        self.creator = creator
+
+    def get_creator(self, name: str, version: str, namespace: str) -> Any:
+        return self.creator
+
+
 def outcome(trt: Any, job: EngineJob, what: str) -> dict[str, Any]:
     """What the builder returned or raised, and the calls that it made."""
-    module = CheckedModule(trt, answers(trt, what), starts=("Builder", "OnnxParser"))
+    module: Any = CheckedModule(trt, answers(trt, what), starts=("Builder", "OnnxParser"))
+    trt.get_plugin_registry = lambda: SharedRegistry(module.calls)
     try:
-        facts = build(trt if what == "the real constructor" else module, job, lambda *progress: None)  # type: ignore[arg-type]
-    except ExportError as error:
-        return {"error": str(error)}
+        facts = build(trt if what == "the real constructor" else module, job, lambda *progress: None)
+    except ZrewardError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
     return {"facts": [facts.tensorrt_version, facts.inputs, facts.plugin_layers], "calls": module.calls}
 
 
@@ -86,13 +103,10 @@ def refused_misuse(trt: Any) -> list[str]:
 
 def main() -> None:
     """Print the outcome of each job, by what the library is made to say."""
-    folder, jobs_file = sys.argv[1:]
-    sys.path.insert(0, folder)
-    trt = importlib.import_module("tensorrt_bindings")
-    jobs = json.loads(Path(jobs_file).read_text())
+    jobs = json.loads(Path(sys.argv[1]).read_text())
     parsed = {what: dataclass_from_json(EngineJob, job, "job", ExportError) for what, job in jobs.items()}
-    results = {what: outcome(trt, job, what) for what, job in parsed.items()}
-    print(json.dumps({**results, "refused misuse": refused_misuse(trt)}))
+    results = {what: outcome(tensorrt, job, what) for what, job in parsed.items()}
+    print(json.dumps({**results, "refused misuse": refused_misuse(tensorrt)}))
 
 
 if __name__ == "__main__":

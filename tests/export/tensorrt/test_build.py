@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,13 +15,18 @@ import pytest
 from tests.conftest import Cli
 from tests.support.bundles import accept_changes
 from tests.support.models import Shape, write_checkpoint
+from tests.support.plugins import recorded_library
+from tests.support.tensorrt_api import on_linux_x86_64
 from zreward import cuda_device
 from zreward.bundle import Bundle
+from zreward.commands.engine import FlavourName
+from zreward.commands.engine import engine as engine_command
 from zreward.engines import BuiltEngine, engines_of, select_engine
-from zreward.errors import BackendError, BundleError, ExportError, UsageError
+from zreward.errors import BackendError, BundleError, ExportError, PluginError, UsageError
 from zreward.export import ExportOptions, export_bundle
 from zreward.export.tensorrt import EngineOptions, build_engine, profiles, worker
-from zreward.export.tensorrt.job import EngineJob
+from zreward.export.tensorrt.job import EngineFacts, EngineJob, PluginsOfJob
+from zreward.progress import Progress
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.runtime import Scorer
 from zreward.runtime.engine import Engine
@@ -30,10 +34,6 @@ from zreward.runtime.verify import verify_bundle
 from zreward.tensorrt_library import FLAVOURS, load_tensorrt
 
 RTX = EngineOptions(flavour="tensorrt-rtx", images=2)
-
-needs_rtx = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="NVIDIA has TensorRT-RTX for x86-64"
-)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_bundle_in_bfloat16_is_proved_where_nothing_multiplies_it(
     assert not [file for file in bundle.path.iterdir() if "rounded" in file.name]
 
 
-@needs_rtx
+@on_linux_x86_64
 def test_an_engine_says_what_it_was_built_by_and_for(fp16_bundle: Path, engine: BuiltEngine) -> None:
     info = engine.info
     assert engine.path == fp16_bundle / "engines" / "tensorrt-rtx-sm80+"
@@ -110,7 +110,7 @@ def test_an_engine_says_what_it_was_built_by_and_for(fp16_bundle: Path, engine: 
         )
 
 
-@needs_rtx
+@on_linux_x86_64
 def test_its_profiles_take_every_run_of_a_score(
     fp16_bundle: Path, engine: BuiltEngine, tmp_path: Path
 ) -> None:
@@ -140,7 +140,7 @@ def test_its_profiles_take_every_run_of_a_score(
     assert abs(scores[0].overall - alone[0].overall) < 2e-3
 
 
-@needs_rtx
+@on_linux_x86_64
 def test_the_command_refuses_to_replace_an_engine_unasked(
     cli: Cli, fp16_bundle: Path, engine: BuiltEngine
 ) -> None:
@@ -197,7 +197,7 @@ def test_without_tensorrt_the_message_says_how_to_install_it(
     assert list((copy / "engines").iterdir()) == []
 
 
-@needs_rtx
+@on_linux_x86_64
 def test_a_graph_that_is_refused_names_the_operator(copy: Path) -> None:
     path = copy / "vision.onnx"
     path.write_bytes(path.read_bytes().replace(b"Softmax", b"Softmix"))
@@ -210,7 +210,15 @@ def test_a_graph_that_is_refused_names_the_operator(copy: Path) -> None:
     ("options", "message"),
     [
         ({"flavour": "tensorflow"}, "unknown flavour 'tensorflow'; choose from tensorrt, tensorrt-rtx"),
-        ({"flavour": "tensorrt-rtx", "plugins": Path("p.so")}, "TensorRT-RTX has no plugins"),
+        (
+            {"flavour": "tensorrt-rtx", "plugins": Path("p.so")},
+            "TensorRT-RTX has no plugins; leave --plugins",
+        ),
+        ({"flavour": "tensorrt-rtx", "quick_head": True}, "TensorRT-RTX has no plugins; leave --plugins"),
+        (
+            {"plugins": Path("p.so"), "quick_head": True},
+            "--plugins and --quick-head both have the score head",
+        ),
         ({"plugins": Path("nowhere.so")}, "nowhere.so: no such library; `zreward plugins build`"),
         ({"timing_cache": Path("nowhere/timings")}, "nowhere/timings: its folder does not exist"),
         ({"compute_capabilities": ("8.9",)}, "--compute-capability is for tensorrt-rtx"),
@@ -221,7 +229,105 @@ def test_options_that_contradict_each_other(options: dict[str, Any], message: st
         EngineOptions(**options)
 
 
-@needs_rtx
+@pytest.fixture
+def tensorrt_here(monkeypatch: pytest.MonkeyPatch) -> list[EngineJob]:
+    """A machine with a GPU, and a builder that notes its jobs."""
+    jobs: list[EngineJob] = []
+
+    def build(job: EngineJob, report: Progress) -> EngineFacts:
+        Path(job.engine).write_bytes(b"an engine")
+        jobs.append(job)
+        n_plugins = 1 if job.quick_head else 3 if job.plugins else 0
+        inputs = {axis: (axis,) for axis in job.profiles[0].axes}
+        return EngineFacts("11.4.0", inputs, n_plugins)
+
+    monkeypatch.setattr("zreward.export.tensorrt.build.compute_capability", lambda: "8.9")
+    monkeypatch.setattr("zreward.export.tensorrt.build.build_in_child", build)
+    monkeypatch.delenv("ZREWARD_PLUGINS", raising=False)
+    return jobs
+
+
+def test_the_record_names_the_plugins(copy: Path, tensorrt_here: list[EngineJob], tmp_path: Path) -> None:
+    library = tmp_path / "libzreward_plugins.so"
+    record = recorded_library(library, "11.4.0")
+    built = build_engine(copy, EngineOptions(plugins=library))
+    assert built.path.name == "tensorrt-sm89-plugins"
+    assert built.info.plugins == {library.name: record.sha256}
+    assert [job.plugins for job in tensorrt_here] == [None, PluginsOfJob(str(library), record.sha256)]
+    found = {"flavour": "tensorrt", "tensorrt_version": "11.4.0", "compute_capability": "8.9"}
+    assert select_engine(Bundle.open(copy), **found, plugins=library) == built
+
+
+def test_an_engine_with_the_head_compiled_in_needs_no_library(
+    copy: Path, tensorrt_here: list[EngineJob]
+) -> None:
+    built = build_engine(copy, EngineOptions(quick_head=True))
+    assert [job.quick_head for job in tensorrt_here] == [False, True]
+    assert built.path.name == "tensorrt-sm89" and not built.info.plugins
+    assert built.info.graphs["decoder"].plugin_layers == 1
+    built.check_plugins(None)
+
+
+@pytest.mark.parametrize(
+    ("version", "content", "message"),
+    [
+        ("10.16.1", None, r"built for TensorRT 10.16.1, but TensorRT 11.4.0 is installed"),
+        ("11.4.0", b"other", "was altered after it was built"),
+    ],
+)
+def test_plugins_that_do_not_fit_are_refused_before_anything_is_built(
+    copy: Path,
+    tensorrt_here: list[EngineJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    content: bytes | None,
+    message: str,
+) -> None:
+    library = tmp_path / "libzreward_plugins.so"
+    recorded_library(library, version)
+    if content is not None:
+        library.write_bytes(content)
+    monkeypatch.setattr("zreward.export.tensorrt.build.installed_tensorrt", lambda: "11.4.0")
+    with pytest.raises(PluginError, match=message):
+        build_engine(copy, EngineOptions(plugins=library))
+    assert not tensorrt_here and not (copy / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "takes_the_one_found"),
+    [
+        ({}, True),
+        ({"no_plugins": True}, False),
+        ({"quick_head": True}, False),
+        ({"flavour": FlavourName.TENSORRT_RTX}, False),
+    ],
+)
+def test_the_library_that_the_runtime_will_find_is_the_default(
+    copy: Path,
+    tensorrt_here: list[EngineJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, Any],
+    takes_the_one_found: bool,
+) -> None:
+    library = tmp_path / "libzreward_plugins.so"
+    recorded_library(library, "11.4.0")
+    monkeypatch.setenv("ZREWARD_PLUGINS", str(library))
+    engine_command(copy, **arguments)
+    printed = capsys.readouterr()
+    assert (f"with the plugins of {library}; --no-plugins" in printed.err) == takes_the_one_found
+    assert ("3 plugin layers" in printed.out) == takes_the_one_found
+
+
+@pytest.mark.parametrize("without", ["no_plugins", "quick_head"])
+def test_a_library_cannot_be_named_and_left_out(copy: Path, without: str) -> None:
+    with pytest.raises(UsageError, match="leave one of them out"):
+        engine_command(copy, plugins=copy, **{without: True})
+
+
+@on_linux_x86_64
 def test_a_kind_of_gpu_that_the_library_does_not_know(copy: Path) -> None:
     with pytest.raises(ExportError, match=r"does not build for compute capability 9.0"):
         build_engine(copy, dataclasses.replace(RTX, compute_capabilities=("9.0",)))

@@ -5,8 +5,6 @@ TensorRT-RTX parses and builds without a GPU. That says nothing about speed, nor
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 from onnx import TensorProto
 
 from tests.support.quantized import quantized_checkpoint
+from tests.support.tensorrt_api import on_linux_x86_64
 from zreward.checkpoint import Checkpoint
 from zreward.contract import ScoreContract
 from zreward.engines import Profile
@@ -40,10 +39,6 @@ PRECISIONS: dict[str, tuple[ir.DataType, str | None]] = {
 }
 BUILT = [name for name in PRECISIONS if name != "bf16"]
 GRAPHS = ("vision", "decoder")
-
-needs_rtx = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="NVIDIA has TensorRT-RTX for x86-64"
-)
 
 Written = Callable[[str], Path]
 
@@ -115,7 +110,7 @@ def test_graphs_keep_the_contract_of_the_target(written: Written, precision: str
     assert blocks == ({64, 128} if scheme == "int4" else set())  # 192 inputs are no multiple of 128
 
 
-@needs_rtx
+@on_linux_x86_64
 @pytest.mark.parametrize("precision", BUILT)
 def test_tensorrt_rtx_builds_it(
     written: Written,
@@ -126,10 +121,7 @@ def test_tensorrt_rtx_builds_it(
 ) -> None:
     for name in GRAPHS:
         engine = tmp_path / f"{name}.engine"
-        # One profile of the decoder: both of them are built from the bundle below.
-        job = EngineJob(
-            "tensorrt-rtx", str(written(precision) / f"{name}.onnx"), str(engine), sizes[name][-1:]
-        )
+        job = EngineJob("tensorrt-rtx", str(written(precision) / f"{name}.onnx"), str(engine), sizes[name])
         facts = build_in_child(job, lambda stage, done, total: None)
         assert facts.plugin_layers == 0
         assert set(facts.inputs) >= (
