@@ -16,7 +16,6 @@ bundle checks structure, sizes, the hashes of small files and where the graphs r
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from typing import Any
 
 from zreward.contract import CONTRACT_FILE, ScoreContract
 from zreward.errors import BundleError, ContractError
+from zreward.hashing import file_sha256
 from zreward.jsonfile import dataclass_from_json, read_json_object, write_json
 from zreward.onnx_locations import external_locations
 from zreward.prompt import TOKENIZER_FILE
@@ -39,7 +39,6 @@ STATE_DTYPES = ("float32", "float16")
 STATE_AXES = ("batch", "state_batch", "past")
 
 _HASH_ON_OPEN_BYTES = 32 * 1024 * 1024  # includes the tokenizer of a vocabulary of 250,000
-_HASH_BLOCK_BYTES = 1024 * 1024
 # Nothing absolute, no "..", no hidden file, no character that a file system or runtime gives a meaning.
 _FILE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
@@ -272,7 +271,7 @@ class Bundle:
             raise BundleError(
                 f"{path}: {CONTRACT_FILE} is not the contract that the manifest was written for"
             )
-        return Bundle(path, manifest, contract, _sha256(manifest_path))
+        return Bundle(path, manifest, contract, file_sha256(manifest_path))
 
     def golden_items(self) -> tuple[GoldenItem, ...]:
         """The golden inputs and their probabilities, checked to be distributions of this contract."""
@@ -318,7 +317,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def file_entries(path: Path) -> dict[str, FileEntry]:
     """Size and hash of every file under `path` except the manifest, by POSIX path relative to it."""
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
-    return {p.relative_to(path).as_posix(): FileEntry(p.stat().st_size, _sha256(p)) for p in files}
+    return {p.relative_to(path).as_posix(): FileEntry(p.stat().st_size, file_sha256(p)) for p in files}
 
 
 def _check_name(name: str) -> None:
@@ -348,7 +347,7 @@ def _check_content(path: Path, name: str, entry: FileEntry, *, with_hash: bool) 
             f"{path}: file {name!r} has {size:,} bytes and should have {entry.bytes:,}; "
             "it was altered or cut short, so copy the bundle again"
         )
-    if with_hash and _sha256(file) != entry.sha256:
+    if with_hash and file_sha256(file) != entry.sha256:
         raise BundleError(f"{path}: file {name!r} was altered (its sha256 differs); copy the bundle again")
 
 
@@ -357,11 +356,3 @@ def _check_locations(path: Path, graph: str, manifest: Manifest) -> None:
         _check_name(location)
         if (PurePosixPath(graph).parent / location).as_posix() not in manifest.files:
             raise BundleError(f"{path}: {graph} reads its weights from {location!r}, which is not listed")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

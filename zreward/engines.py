@@ -22,6 +22,7 @@ from typing import Any
 
 from zreward.bundle import Bundle
 from zreward.errors import BackendError, BundleError
+from zreward.hashing import file_sha256
 from zreward.jsonfile import dataclass_from_json, read_json_object, write_json
 from zreward.plugins import LOCATION
 
@@ -30,7 +31,6 @@ ENGINE_FILE = "engine.json"
 GRAPHS = ("vision", "decoder")
 
 _SCHEMA = {"schema": "zreward.engine", "version": 1}
-_HASH_BLOCK_BYTES = 1024 * 1024
 _AGAIN = "build the engine again with `zreward engine BUNDLE --force`"
 
 Sizes = tuple[int, int, int]
@@ -278,15 +278,6 @@ def select_engine(
 def write_engine_info(path: Path, info: EngineInfo) -> None:
     """Write engine.json into the directory of an engine."""
     write_json(path / ENGINE_FILE, {**_SCHEMA, **dataclasses.asdict(info)})
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def parse_capability(text: str) -> tuple[int, int]:

@@ -7,7 +7,6 @@ defines every figure and every field of the JSON.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from zreward.evaluation import (
     compared_scores,
 )
 from zreward.evaluation_intervals import LEVEL, Intervals, agreement_intervals
+from zreward.hashing import file_sha256
 from zreward.progress import Progress
 
 SCHEMA, SCHEMA_VERSION = "zreward.evaluation", 1
@@ -218,7 +218,7 @@ def evaluation_report(
     n_failed, n_prompts = int(failed.any(axis=1).sum()), compared[-1].n_prompts
     return EvaluationReport(
         source=source,
-        data=DataSet(str(data), _sha256(data), len(labels.pairs), n_prompts, n_failed),
+        data=DataSet(str(data), file_sha256(data), len(labels.pairs), n_prompts, n_failed),
         rows=tuple(rows),
         bins=predictions.bins,
         n_resamples=n_resamples,
@@ -290,11 +290,6 @@ def _likelihood(scores: Scores, predictions: Predictions, targets: _Targets) -> 
     if annotated.any():
         return likelihood(probs[annotated], annotations[annotated], "annotations")
     return likelihood(probs, shares_on_bins(scores.truth, predictions.bins), "labels")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ the record's hash. Nothing here imports TensorRT; the caller hands its module ov
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zreward.errors import PluginError
+from zreward.hashing import file_sha256
 from zreward.jsonfile import dataclass_from_json, read_json_object, write_json
 
 NAMESPACE = "zreward"
@@ -31,8 +31,6 @@ KERNELS_FILE = "libzreward_kernels.so"
 
 LOCATION = "ZREWARD_PLUGINS"
 """Environment variable: the library to use where none is named, in place of the one in the user's cache."""
-
-_BLOCK_BYTES = 1024 * 1024
 
 _loaded: dict[tuple[str, str], Any] = {}
 """Handles by module and hash, for the life of the process."""
@@ -79,7 +77,7 @@ class PluginLibrary:
                 f"{path}: there is no plugin library here; build one with `zreward plugins build`"
             )
         record = _read_record(record_path(path))
-        found = sha256_of(path)
+        found = file_sha256(path)
         if found != record.sha256:
             raise PluginError(
                 f"{path}: this library was altered after it was built (its sha256 is {found[:16]}…, its record says "
@@ -225,15 +223,6 @@ def record_path(library: Path) -> Path:
 def write_record(library: Path, record: PluginRecord) -> None:
     """Write the record beside the library."""
     write_json(record_path(library), asdict(record))
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_record(path: Path) -> PluginRecord:

@@ -12,13 +12,13 @@ from pathlib import Path
 from zreward import __version__
 from zreward.errors import PluginError, UsageError
 from zreward.export.plugins.toolchain import Toolchain, find_toolchain
+from zreward.hashing import file_sha256
 from zreward.plugins import (
     KERNELS_FILE,
     LIBRARY_FILE,
     PluginLibrary,
     PluginRecord,
     described,
-    sha256_of,
     write_record,
 )
 
@@ -67,7 +67,7 @@ def build_plugins(
         built = _compile(tools, Path(folder), name, ascending, warnings_are_errors)
         description = described(built)
         record = PluginRecord(
-            sha256=sha256_of(built),
+            sha256=file_sha256(built),
             bytes=built.stat().st_size,
             zreward=__version__,
             kernels=description["kernels"],

@@ -17,14 +17,15 @@ from zreward.engines import (
     GraphEngine,
     Profile,
     engine_name,
-    file_sha256,
+    parse_capability,
     write_engine_info,
 )
-from zreward.errors import UsageError
+from zreward.errors import BundleError, UsageError
 from zreward.export.plugins.quick_head import quick_head_ptx
 from zreward.export.tensorrt.job import EngineFacts, EngineJob, PluginsOfJob
 from zreward.export.tensorrt.profiles import profiles
 from zreward.export.tensorrt.worker import build_in_child
+from zreward.hashing import file_sha256
 from zreward.lengths import MAX_IMAGES
 from zreward.plugins import PluginLibrary, installed_tensorrt
 from zreward.progress import Progress
@@ -45,8 +46,9 @@ class EngineOptions:
             zreward; None builds without. TensorRT alone has them.
         quick_head: compile the score head alone into the engine, as a Python plugin of TensorRT; needs no compiler of
             C++, but NVRTC.
-        timing_cache: file that keeps what a builder measures, for the next build.
-        compute_capabilities: for TensorRT-RTX, the GPUs to build for, such as "8.9"; empty is all from 8.0 on.
+        timing_cache: file that keeps what TensorRT measures, for the next build.
+        compute_capabilities: for TensorRT-RTX, the GPUs to build for, such as "8.9", in order and each once; empty is
+            all from 8.0 on.
         images: most images that are scored in one run; None is what the runtime scores together.
         optimization_level: 0, quick, to 5, thorough; None is the library's own.
         force: replace an engine of the same name.
@@ -67,14 +69,34 @@ class EngineOptions:
             raise UsageError(f"{flavour.title} has no plugins; leave --plugins and --quick-head out")
         if self.plugins is not None and self.quick_head:
             raise UsageError("--plugins and --quick-head both have the score head; leave one of them out")
+        if self.plugins is not None and not self.plugins.is_file():
+            raise UsageError(f"{self.plugins}: no such library; `zreward plugins build` makes it")
         if self.compute_capabilities and not flavour.portable_to:
             raise UsageError(
                 f"{flavour.title} builds for the GPU of this machine; --compute-capability is for tensorrt-rtx"
             )
-        if self.plugins is not None and not self.plugins.is_file():
-            raise UsageError(f"{self.plugins}: no such library; `zreward plugins build` makes it")
-        if self.timing_cache is not None and not self.timing_cache.resolve().parent.is_dir():
-            raise UsageError(f"{self.timing_cache}: its folder does not exist")
+        kinds = sorted({_capability(text) for text in self.compute_capabilities})
+        object.__setattr__(self, "compute_capabilities", tuple(f"{major}.{minor}" for major, minor in kinds))
+        if self.timing_cache is not None:
+            _check_timing_cache(self.timing_cache, flavour)
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UsageError(f"the optimization level is 0 to 5, not {self.optimization_level}")
+
+
+def _capability(text: str) -> tuple[int, int]:
+    try:
+        return parse_capability(text)
+    except BundleError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_timing_cache(path: Path, flavour: Flavour) -> None:
+    if flavour.portable_to:
+        raise UsageError(f"{flavour.title} measures nothing while it builds; leave --timing-cache out")
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder; --timing-cache names a file")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"{path}: its folder does not exist")
 
 
 def build_engine(path: str | Path, options: EngineOptions, progress: Progress | None = None) -> BuiltEngine:

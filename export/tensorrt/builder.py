@@ -54,7 +54,7 @@ def build(trt: ModuleType, job: EngineJob, report: Progress) -> EngineFacts:
     inputs = _input_shapes(network)
     for profile in job.profiles:
         _add_profile(builder, config, profile, inputs, job.graph, said)
-    cache = _timing_cache(config, job)
+    cache = _timing_cache(config, job, said)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ExportError(f"{job.graph}: TensorRT {trt.__version__} cannot build it{_told(said)}")
@@ -134,14 +134,16 @@ def _add_profile(
         raise ExportError(f"{graph}: TensorRT refuses the sizes of the profile {profile.name!r}{_told(said)}")
 
 
-def _timing_cache(config: Any, job: EngineJob) -> Any:
+def _timing_cache(config: Any, job: EngineJob, said: list[str]) -> Any:
     """The cache in use, or None: what an earlier build for this kind of GPU has measured is not measured again."""
     if job.timing_cache is None:
         return None
     path = Path(job.timing_cache)
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if not config.set_timing_cache(cache, False):
-        raise ExportError(f"{path}: timings of another GPU or another TensorRT; name another --timing-cache")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise ExportError(
+            f"{path}: not timings of this GPU and this TensorRT{_told(said)}; name another --timing-cache"
+        )
     return cache
 
 

@@ -37,7 +37,7 @@ def _build(data: Message, say: Callable[[Message], None]) -> None:
     try:
         facts = build(load_tensorrt(job.flavour), job, lambda *progress: say({"progress": progress}))
     except OSError as error:
-        raise ExportError(f"{job.engine}: cannot write the engine ({error})") from None
+        raise ExportError(f"{job.engine}: a file that its builder needs cannot be used ({error})") from None
     say({"result": dataclasses.asdict(facts)})
 
 

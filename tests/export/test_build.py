@@ -6,7 +6,7 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import zreward.export.build as build_module
+from tests.support.bundles import lowered_here
 from tests.support.kills import is_left, run_and_kill
 from tests.support.models import write_checkpoint
 from zreward.bundle import Bundle, check_files
@@ -32,7 +33,6 @@ from zreward.errors import (
 )
 from zreward.export import ExportOptions, export_bundle
 from zreward.export.build import _reachable_positions
-from zreward.export.lowering import lower_checkpoint
 from zreward.export.passes.score_head import fuse_score_head
 from zreward.image import ImageSpec, resized_size
 from zreward.prompt import PromptEncoder, load_tokenizer
@@ -44,9 +44,10 @@ UNPROVED = ExportOptions(parity=False)
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_process() -> Iterator[None]:
     """Lower in this process, which is quicker here and lets a test change a pass."""
-    monkeypatch.setattr(build_module, "lower_in_child", lower_checkpoint)
+    with lowered_here():
+        yield
 
 
 @pytest.fixture

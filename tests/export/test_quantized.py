@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import Cli
+from tests.support.bundles import lowered_here
 from tests.support.kills import is_left, run_and_kill
 from tests.support.models import Shape, write_checkpoint
 from zreward.bundle import Bundle
@@ -132,7 +133,8 @@ def test_tensorrt_rounds_inputs_with_scales_that_calibration_found(held_out: Pat
     options = QuantizationOptions(
         "int8,*.down_proj=int4", calibration=str(few), allow_drift=True, judged=False
     )
-    bundle = export(checkpoint, tmp_path / "bundle", options, target="tensorrt", weights="fp16")
+    with lowered_here():
+        bundle = export(checkpoint, tmp_path / "bundle", options, target="tensorrt", weights="fp16")
     verify_bundle(bundle.path)
     facts = bundle.manifest.quantization
     assert facts is not None

@@ -21,6 +21,7 @@ from zreward.commands import plugins as commands
 from zreward.errors import PluginError, UsageError
 from zreward.export.plugins import toolchain
 from zreward.export.plugins.build import _telling, build_plugins
+from zreward.hashing import file_sha256
 from zreward.plugins import (
     LIBRARY_FILE,
     LOCATION,
@@ -32,7 +33,6 @@ from zreward.plugins import (
     default_folder,
     find_library,
     record_path,
-    sha256_of,
     write_record,
 )
 
@@ -97,7 +97,7 @@ def test_it_holds_code_for_every_architecture(library: PluginLibrary) -> None:
 
 def test_the_record_says_what_was_built(library: PluginLibrary) -> None:
     record = library.record
-    assert record.sha256 == sha256_of(library.path)
+    assert record.sha256 == file_sha256(library.path)
     assert record.bytes == library.path.stat().st_size
     assert record.plugins == OPERATORS
     assert record.architectures == ("8.0", "9.0", "12.0")
@@ -166,7 +166,7 @@ def test_a_missing_library_names_the_command_that_makes_one(tmp_path: Path, cli:
 
 
 def test_another_library_than_the_engines_is_refused(altered: Path) -> None:
-    assert PluginLibrary.open(altered, sha256=sha256_of(altered)).path == altered
+    assert PluginLibrary.open(altered, sha256=file_sha256(altered)).path == altered
     with pytest.raises(PluginError, match="the engine was built with another plugin library"):
         PluginLibrary.open(altered, sha256="0" * 64)
 
@@ -174,7 +174,7 @@ def test_another_library_than_the_engines_is_refused(altered: Path) -> None:
 def test_a_file_that_is_no_library_of_ours_is_refused(tmp_path: Path) -> None:
     other = tmp_path / LIBRARY_FILE
     other.write_bytes(b"no library")
-    record = PluginRecord(sha256_of(other), 10, "0", 1, "13.0", ("8.0",), "11.0.0", OPERATORS)
+    record = PluginRecord(file_sha256(other), 10, "0", 1, "13.0", ("8.0",), "11.0.0", OPERATORS)
     write_record(other, record)
     with pytest.raises(PluginError, match="this is no library of zreward's kernels"):
         PluginLibrary.open(other).check_contents()

@@ -1,15 +1,28 @@
-"""Bundles altered on purpose, with a manifest that says that nothing happened."""
+"""Bundles made quickly, and bundles altered on purpose, with a manifest that says that nothing happened."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from zreward.bundle import Bundle, file_entries, write_manifest
+
+
+@contextmanager
+def lowered_here() -> Iterator[None]:
+    """Exports lower in this process: for a tiny model, a child spends most of its time on importing torch again."""
+    from zreward.export.lowering import lower_checkpoint
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zreward.export.build.lower_in_child", lower_checkpoint)
+        yield
 
 
 def accept_changes(bundle: Bundle, **changes: Any) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from zreward.plugins import OPERATORS, PluginRecord, sha256_of, write_record
+from zreward.hashing import file_sha256
+from zreward.plugins import OPERATORS, PluginRecord, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT.parent / "export" / "plugins"
@@ -42,7 +43,7 @@ _FIELD_TYPES = {
 def recorded_library(path: Path, tensorrt: str) -> PluginRecord:
     """A file that is no library, and beside it the record of one that was built for this version of TensorRT."""
     path.write_bytes(b"plugins for " + tensorrt.encode())
-    sha256, n_bytes = sha256_of(path), path.stat().st_size
+    sha256, n_bytes = file_sha256(path), path.stat().st_size
     record = PluginRecord(sha256, n_bytes, "0", 1, "13.0", ("8.0",), tensorrt, OPERATORS)
     write_record(path, record)
     return record

@@ -17,12 +17,12 @@ from zreward.engines import (
     Profile,
     engine_name,
     engines_of,
-    file_sha256,
     parse_capability,
     select_engine,
     write_engine_info,
 )
 from zreward.errors import BackendError, BundleError
+from zreward.hashing import file_sha256
 
 INPUTS: dict[str, tuple[int | str, ...]] = {
     "x": ("rows", "tokens", 8),

@@ -45,6 +45,7 @@ def answers(trt: Any, what: str) -> dict[str, Any]:
         "IBuilderConfig.add_optimization_profile": -1 if what == "a refused profile" else 0,
         "IBuilderConfig.set_timing_cache": what != "a foreign cache",
         "Builder.build_serialized_network": None if what == "a failed build" else b"an engine",
+        **({"IBuilderConfig.create_timing_cache": None} if what == "a damaged cache" else {}),
         "ITimingCache.serialize": b"timings",
     }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Cli
-from tests.support.bundles import accept_changes
+from tests.support.bundles import accept_changes, lowered_here
 from tests.support.models import Shape, write_checkpoint
 from tests.support.plugins import recorded_library
 from tests.support.tensorrt_api import on_linux_x86_64
@@ -43,7 +43,8 @@ def fp16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = Shape(layers=2, full_attention_interval=2, vision_depth=1)
     checkpoint = write_checkpoint(folder / "checkpoint", shape)
     options = ExportOptions(target="tensorrt", weights="fp16", parity=False)
-    return export_bundle(checkpoint, folder / "bundle", options).path
+    with lowered_here():
+        return export_bundle(checkpoint, folder / "bundle", options).path
 
 
 @pytest.fixture
@@ -77,7 +78,8 @@ def test_a_bundle_in_bfloat16_is_proved_where_nothing_multiplies_it(
     fp16_bundle: Path, tmp_path: Path
 ) -> None:
     options = ExportOptions(target="tensorrt", weights="bf16", parity=False)
-    bundle = export_bundle(fp16_bundle.with_name("checkpoint"), tmp_path / "bundle", options)
+    with lowered_here():
+        bundle = export_bundle(fp16_bundle.with_name("checkpoint"), tmp_path / "bundle", options)
     pairs = zip(bundle.golden_items(), Bundle.open(fp16_bundle).golden_items(), strict=True)
     differences = [
         np.abs(np.array(item.probs[name]) - np.array(exact.probs[name])).max()
@@ -221,7 +223,11 @@ def test_a_graph_that_is_refused_names_the_operator(copy: Path) -> None:
         ),
         ({"plugins": Path("nowhere.so")}, "nowhere.so: no such library; `zreward plugins build`"),
         ({"timing_cache": Path("nowhere/timings")}, "nowhere/timings: its folder does not exist"),
+        ({"timing_cache": Path()}, "a folder; --timing-cache names a file"),
+        ({"flavour": "tensorrt-rtx", "timing_cache": Path("timings")}, "measures nothing while it builds"),
         ({"compute_capabilities": ("8.9",)}, "--compute-capability is for tensorrt-rtx"),
+        ({"flavour": "tensorrt-rtx", "compute_capabilities": ("sm89",)}, "'sm89' is not of the form 8.9"),
+        ({"optimization_level": 6}, "is 0 to 5, not 6"),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
