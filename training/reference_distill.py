@@ -106,7 +106,7 @@ class Distillation:
     watched: Split = _WATCHED
     describe: Lesson = _DESCRIBE
     answer: Lesson = _ANSWER
-    judge: Learning = Learning(steps=100, batch=8, rate=1e-4)
+    judge: Learning = Learning(steps=200, batch=16, rate=2e-4)
     group_size: int = 4
     policy_weight: float = 0.1
     distil: Learning = Learning(steps=1_200, batch=32, rate=5e-4)
