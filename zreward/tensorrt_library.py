@@ -7,11 +7,14 @@ without one, for all kinds of GPUs of a range, and compiles the last step where 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from zreward.errors import BackendError, UsageError
+
+_SHOWN_ERRORS = 3
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,22 @@ def load_tensorrt(name: str) -> ModuleType:
     raise BackendError(
         f"{flavour.title} cannot be imported ({'; '.join(problems)}); install it with `{flavour.install}`"
     )
+
+
+def error_listener(trt: ModuleType, said: MutableSequence[str]) -> Any:
+    """A logger that adds the library's errors to `said`. The library keeps no reference to it: the caller does."""
+
+    class Listener(trt.ILogger):  # type: ignore[name-defined,misc]  # the module is known at run time alone
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                said.append(message)
+
+    return Listener()
+
+
+def quoted(said: Sequence[str]) -> str:
+    """The library's last errors, to put behind a message."""
+    return ": " + "; ".join(list(said)[-_SHOWN_ERRORS:]) if said else ""

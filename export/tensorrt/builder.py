@@ -16,6 +16,7 @@ from zreward.export.plugins.quick_head import register_quick_head
 from zreward.export.tensorrt.job import EngineFacts, EngineJob, PluginsOfJob
 from zreward.plugins import PluginLibrary
 from zreward.progress import Progress
+from zreward.tensorrt_library import error_listener, quoted
 
 _SHOWN_ERRORS = 3
 
@@ -33,7 +34,7 @@ def build(trt: ModuleType, job: EngineJob, report: Progress) -> EngineFacts:
         PluginError: the plugins were altered or built for another version, or this TensorRT does not take them.
     """
     said: list[str] = []
-    listener = _listener(trt, said)  # the library keeps no reference to what it calls back
+    listener = error_listener(trt, said)  # the library keeps no reference to what it calls back
     monitor = _monitor(trt, f"building {Path(job.engine).name}", report)
     builder = _started(trt, listener, said)
     if job.plugins is not None:
@@ -49,7 +50,7 @@ def build(trt: ModuleType, job: EngineJob, report: Progress) -> EngineFacts:
     n_plugins = _plugin_layers(trt, network)
     if (job.plugins is not None or job.quick_head) and n_plugins == 0:
         loaded = job.plugins.path if job.plugins else "the Python plugin of the head"
-        raise ExportError(f"{loaded}: no operator of {Path(job.graph).name} became a plugin{_told(said)}")
+        raise ExportError(f"{loaded}: no operator of {Path(job.graph).name} became a plugin{quoted(said)}")
     config = _configured(trt, builder, job, monitor)
     inputs = _input_shapes(network)
     for profile in job.profiles:
@@ -57,25 +58,11 @@ def build(trt: ModuleType, job: EngineJob, report: Progress) -> EngineFacts:
     cache = _timing_cache(config, job, said)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise ExportError(f"{job.graph}: TensorRT {trt.__version__} cannot build it{_told(said)}")
+        raise ExportError(f"{job.graph}: TensorRT {trt.__version__} cannot build it{quoted(said)}")
     Path(job.engine).write_bytes(engine)
     if cache is not None and job.timing_cache is not None:
         Path(job.timing_cache).write_bytes(cache.serialize())
     return EngineFacts(str(trt.__version__), inputs, n_plugins)
-
-
-def _listener(trt: ModuleType, said: list[str]) -> Any:
-    """A logger that adds errors to `said`."""
-
-    class Listener(trt.ILogger):  # type: ignore[name-defined,misc]  # the module is known at run time alone
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                said.append(message)
-
-    return Listener()
 
 
 def _started(trt: ModuleType, listener: Any, said: list[str]) -> Any:
@@ -83,7 +70,7 @@ def _started(trt: ModuleType, listener: Any, said: list[str]) -> Any:
         return trt.Builder(listener)
     except (TypeError, RuntimeError) as error:  # a constructor of pybind11 that was given no object
         raise ExportError(
-            f"TensorRT {trt.__version__} does not start{_told([*said, str(error)])}; it builds where its GPU and "
+            f"TensorRT {trt.__version__} does not start{quoted([*said, str(error)])}; it builds where its GPU and "
             "driver are, which `nvidia-smi` shows. TensorRT-RTX builds without one: --flavour tensorrt-rtx"
         ) from None
 
@@ -93,7 +80,7 @@ def _load_plugins(trt: ModuleType, builder: Any, plugins: PluginsOfJob, said: li
         library = PluginLibrary.open(plugins.path, sha256=plugins.sha256)
         library.load(trt, builder.get_plugin_registry())
     except PluginError as error:
-        raise PluginError(f"{error}{_told(said)}") from None
+        raise PluginError(f"{error}{quoted(said)}") from None
 
 
 def _configured(trt: ModuleType, builder: Any, job: EngineJob, monitor: Any) -> Any:
@@ -131,7 +118,9 @@ def _add_profile(
             ]
             added.set_shape(name, *sizes)
     if config.add_optimization_profile(added) < 0:
-        raise ExportError(f"{graph}: TensorRT refuses the sizes of the profile {profile.name!r}{_told(said)}")
+        raise ExportError(
+            f"{graph}: TensorRT refuses the sizes of the profile {profile.name!r}{quoted(said)}"
+        )
 
 
 def _timing_cache(config: Any, job: EngineJob, said: list[str]) -> Any:
@@ -195,8 +184,3 @@ def _refusal(parser: Any) -> str:
         f"{e.desc()} (operator {e.node_operator()}, node {e.node_name()})" for e in errors[:_SHOWN_ERRORS]
     ]
     return "; ".join(shown) or "it names no error"
-
-
-def _told(said: list[str]) -> str:
-    """The library's last errors, to put behind a message."""
-    return ": " + "; ".join(said[-_SHOWN_ERRORS:]) if said else ""
