@@ -13,7 +13,6 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,11 @@ from numpy.typing import NDArray
 from zreward.bundle import Bundle, EmbeddingInfo
 from zreward.errors import BackendError
 from zreward.image import Patches
+from zreward.lengths import MAX_IMAGES
 from zreward.prompt import Ids, PromptEncoder, image_positions, load_tokenizer, text_positions
-from zreward.runtime.backends import Session, open_session
+from zreward.runtime.backends import OpenGraphs, Session, Tensor, open_graphs
+
+MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
 
 Floats = NDArray[np.float32]
 
@@ -34,12 +36,12 @@ class DecoderState:
     """What the decoder remembers of the tokens it has read, for a batch of rows.
 
     Attributes:
-        arrays: state arrays by the name of the decoder input, first axis the rows.
+        arrays: state arrays by the name of the decoder input, first axis the rows; of NumPy or of a backend.
         length: tokens read so far.
         position: M-RoPE position of the next text token.
     """
 
-    arrays: Mapping[str, NDArray[Any]]
+    arrays: Mapping[str, Tensor]
     length: int
     position: int
 
@@ -62,9 +64,12 @@ class Engine:
 
     Args:
         bundle: the bundle to run.
-        provider: see `open_session`.
-        threads: see `open_session`.
-        open_graph: opens the graph at a path, in place of `open_session` with provider and threads.
+        provider: see `open_graphs`.
+        threads: see `open_graphs`.
+        open_graph: opens the graph at a path, in place of `open_graphs` with provider and threads.
+
+    Attributes:
+        opened: the graphs, and what runs them.
     """
 
     def __init__(
@@ -78,8 +83,6 @@ class Engine:
         self.bundle = bundle
         self.contract = bundle.contract
         self.encoder = PromptEncoder(bundle.contract, load_tokenizer(bundle.path))
-        opened = open_graph or partial(open_session, provider=provider, threads=threads)
-        self._graphs = {name: opened(bundle.path / file) for name, file in bundle.manifest.graphs.items()}
         self._embedding = _Embedding(bundle)
         self._shares_states = all(s.shape[0] == "state_batch" for s in bundle.manifest.states)
         self._questions, self._last_index = self._padded_questions()
@@ -87,6 +90,12 @@ class Engine:
         self._system_embeddings = self._embedding.rows(self.encoder.system_ids)
         self._system: DecoderState | None = None
         self._system_lock = threading.Lock()
+        self.opened = (
+            open_graphs(bundle, provider=provider, threads=threads)
+            if open_graph is None
+            else _opened_by(open_graph, bundle)
+        )
+        self._graphs = self.opened.sessions
 
     def system_state(self) -> DecoderState:
         """Run the text that stands in front of every prompt: one row."""
@@ -160,7 +169,21 @@ class Engine:
         mass = outputs[1].reshape(n_images, n_dimensions) if len(outputs) > 1 else None
         return Answers(probs, mass)
 
-    def image_state_bytes(self, prompt: DecoderState, n_tokens: int) -> int:
+    def images_together(self, prompt: DecoderState, n_tokens: int) -> int:
+        """How many images of `n_tokens` run as one batch: what memory and graphs allow, and at least one."""
+        allowed = MAX_STATE_BYTES // self._image_state_bytes(prompt, n_tokens)
+        return max(1, min(MAX_IMAGES, self.opened.images, allowed))
+
+    def close(self) -> None:
+        """Give back what the graphs hold; runs after it are errors."""
+        self.opened.close()
+
+    def forget_system_text(self) -> None:
+        """Drop the state after the system text; the next prompt reads it again."""
+        with self._system_lock:
+            self._system = None
+
+    def _image_state_bytes(self, prompt: DecoderState, n_tokens: int) -> int:
         """Bytes that an image of `n_tokens` takes while its questions run: its state, and one per question.
 
         Twice each, because the decoder returns the states that it is given.
@@ -171,11 +194,6 @@ class Engine:
             for s in self.bundle.manifest.states
         )
         return 2 * row * (1 + len(self.contract.dimensions))
-
-    def forget_system_text(self) -> None:
-        """Drop the state after the system text; the next prompt reads it again."""
-        with self._system_lock:
-            self._system = None
 
     def _kept_system_state(self) -> DecoderState:
         with self._system_lock:
@@ -200,10 +218,10 @@ class Engine:
 
     def _inputs(
         self, state: DecoderState, embeddings: Floats, positions: Ids, *, keep_states: bool = True
-    ) -> dict[str, NDArray[Any]]:
+    ) -> dict[str, Tensor]:
         """What the decoder is given; `keep_states` says whether the new states will be read."""
         rows, tokens = embeddings.shape[:2]
-        inputs: dict[str, NDArray[Any]] = {
+        inputs: dict[str, Tensor] = {
             "inputs_embeds": embeddings,
             "position_ids": np.repeat(positions[:, None], rows, axis=1),
             "last_index": np.full(rows, tokens - 1, dtype=np.int64),
@@ -261,5 +279,10 @@ class _Embedding:
         return rows.astype(np.float32, copy=False)
 
 
+def _opened_by(open_graph: Callable[[Path], Session], bundle: Bundle) -> OpenGraphs:
+    graphs = {name: open_graph(bundle.path / file) for name, file in bundle.manifest.graphs.items()}
+    return OpenGraphs("given", "opened by the caller", graphs)
+
+
 def _rows(state: DecoderState) -> int:
-    return len(next(iter(state.arrays.values())))
+    return next(iter(state.arrays.values())).shape[0]

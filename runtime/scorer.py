@@ -27,7 +27,6 @@ from zreward.lengths import MAX_IMAGES
 from zreward.runtime.engine import DecoderState, Engine
 from zreward.runtime.score import Score
 
-MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
 _CACHED_PROMPTS = 4
 _PREPROCESSORS = min(4, os.cpu_count() or 1)  # threads that decode and resize
 
@@ -54,12 +53,14 @@ class Scorer:
 
         Args:
             bundle: directory written by `zreward export`.
-            provider: "cpu", or "auto" for the best one that is installed.
-            threads: threads per run; None means one per physical core.
+            provider: "cpu"; "tensorrt" or "tensorrt-rtx" for an engine that `zreward engine` built into the bundle;
+                "auto" for such an engine where one runs on this machine, else the CPU.
+            threads: of the CPU, per run; None means one per physical core.
 
         Raises:
-            BundleError: the bundle is incomplete, altered, or of another version.
-            BackendError: no backend is installed, or it refuses the graphs.
+            BundleError: the bundle or an engine is incomplete, altered, or of another version.
+            BackendError: what the provider needs is missing, or it refuses the graphs.
+            PluginError: the engine's library of plugins was altered, or does not fit.
             UsageError: an unknown provider, or a thread count below one.
         """
         return Scorer(Engine(Bundle.open(bundle), provider=provider, threads=threads))
@@ -147,8 +148,10 @@ class Scorer:
     def close(self) -> None:
         """Release the graphs; scoring afterwards is an error. Closing twice is not."""
         with self._lock:
-            self._engine = None
+            engine, self._engine = self._engine, None
             self._prompts.clear()
+        if engine is not None:
+            engine.close()
         self._preprocessors.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Scorer:
@@ -199,8 +202,7 @@ class Scorer:
         self, engine: Engine, prompt: str, patches: list[Patches], grid: tuple[int, int]
     ) -> list[Score | ZrewardError]:
         prompt_state = self._prompt_state(engine, prompt)
-        image_bytes = engine.image_state_bytes(prompt_state, patches[0].n_tokens)
-        step = max(1, MAX_STATE_BYTES // image_bytes)
+        step = engine.images_together(prompt_state, patches[0].n_tokens)
         scores: list[Score | ZrewardError] = []
         for start in range(0, len(patches), step):
             features = [engine.encode_image(p) for p in patches[start : start + step]]

@@ -29,6 +29,8 @@ from zreward.plugins import LOCATION
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
 GRAPHS = ("vision", "decoder")
+STATES = "state_batch"
+"""Axis of the decoder that has a row for each image."""
 
 _SCHEMA = {"schema": "zreward.engine", "version": 1}
 _AGAIN = "build the engine again with `zreward engine BUNDLE --force`"
@@ -202,6 +204,14 @@ class BuiltEngine:
     def file(self, graph: str) -> Path:
         return self.path / f"{graph}.engine"
 
+    def has_plugins(self, library: Path | None) -> bool:
+        """Whether it needs no plugins, or was built with those of `library`."""
+        try:
+            self.check_plugins(library)
+        except BackendError:
+            return False
+        return True
+
     def check_plugins(self, library: Path | None) -> None:
         """Make sure that `library` is the one that the engine was built with, before it is loaded.
 
@@ -269,8 +279,8 @@ def select_engine(
         found = "; ".join(reasons) or f"it has no engine of {flavour}"
         raise BackendError(f"{bundle.path}: {found}. Build one for this machine with `{command}`")
     fitting.sort(key=lambda engine: not engine.info.plugins)
-    with_library = [e for e in fitting if not e.info.plugins or plugins is not None]
-    chosen = (with_library or fitting)[0]
+    runnable = [engine for engine in fitting if engine.has_plugins(plugins)]
+    chosen = (runnable or fitting)[0]
     chosen.check_plugins(plugins)
     return chosen
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from zreward.contract import ScoreContract
-from zreward.engines import Profile
+from zreward.engines import STATES, Profile
 from zreward.errors import UsageError
 from zreward.lengths import longest_parts
 from zreward.prompt import PromptEncoder
@@ -21,7 +21,7 @@ from zreward.prompt import PromptEncoder
 PREFIX, QUESTIONS, IMAGE = "prefix", "questions", "image"
 
 PATCHES = "total_patches"
-BATCH, TOKENS, STATES, PAST = "batch", "sequence_len", "state_batch", "past_sequence_len"
+BATCH, TOKENS, PAST = "batch", "sequence_len", "past_sequence_len"
 """Names of the axes in the graphs."""
 
 

@@ -16,10 +16,9 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from zreward.image import ImageSpec, Patches, preprocess, resized_size
-from zreward.lengths import MAX_IMAGES
-from zreward.runtime.engine import DecoderState, Engine
-from zreward.runtime.scorer import MAX_STATE_BYTES, Scorer
+from zreward.image import ImageSpec, preprocess, resized_size
+from zreward.runtime.engine import Engine
+from zreward.runtime.scorer import Scorer
 
 PARTS = {
     "decode": "decode and resize",
@@ -115,15 +114,11 @@ def _time_parts(scorer: Scorer, prompt: str, images: Sequence[bytes], timer: _Ti
     features = timer.run("vision", lambda: [engine.encode_image(p) for p in patches])
     system = timer.run("system_text", engine.system_state)
     state = timer.run("prompt", lambda: engine.prompt_state(prompt, system))
-    grid, step = patches[0].token_grid, _batch(engine, state, patches[0])
+    grid, step = patches[0].token_grid, engine.images_together(state, patches[0].n_tokens)
     for start in range(0, len(images), step):
         batch = features[start : start + step]
         rows = timer.run("image_prefix", partial(engine.image_state, state, batch, grid))
         timer.run("questions", partial(engine.answer, rows))
-
-
-def _batch(engine: Engine, state: DecoderState, patches: Patches) -> int:
-    return max(1, min(MAX_IMAGES, MAX_STATE_BYTES // engine.image_state_bytes(state, patches.n_tokens)))
 
 
 def _score_separately(engine: Engine, prompt: str, images: Sequence[bytes]) -> None:

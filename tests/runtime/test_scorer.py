@@ -149,7 +149,7 @@ def test_a_small_memory_bound_splits_batches_and_changes_no_score(
         return answers
 
     monkeypatch.setattr(Engine, "answer", recorded)
-    monkeypatch.setattr("zreward.runtime.scorer.MAX_STATE_BYTES", 1)
+    monkeypatch.setattr("zreward.runtime.engine.MAX_STATE_BYTES", 1)
     alone = scorer.score(prompt="a fox", images=images)
     assert rows == [1, 1, 1, 1]
     for first, second in zip(together, alone, strict=True):

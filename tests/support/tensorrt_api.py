@@ -50,6 +50,8 @@ _PLAIN = {
     "int": int,
     "typing.SupportsInt": int,
     "float": float,
+    "list": list,
+    "tuple": tuple,
     "typing_extensions.Buffer": (bytes, bytearray, memoryview),
 }
 

@@ -1,0 +1,142 @@
+"""L2: the TensorRT backend on the reference student, over the real bindings of TensorRT and cuda-bindings.
+
+Libraries are stubs, the GPU is the host's memory, and ONNX Runtime computes what an engine would; `backend_child` has
+the scenarios. `make test` installs the bindings beside the packages of its environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.runtime.tensorrt import backend_child as child
+from tests.support.cuda_driver import compile_driver
+from tests.support.tensorrt_api import compile_stubs
+from zreward import cuda_device
+from zreward.bundle import Bundle
+from zreward.errors import BackendError
+from zreward.export import ExportOptions, export_bundle
+from zreward.runtime import Scorer
+
+pytestmark = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="NVIDIA has these bindings for Linux on x86-64",
+)
+
+ALL = [scenario.__name__ for scenario in child.SCENARIOS]
+WHERE_INTERFACES_DIFFER = [
+    child.scores_equal_those_of_the_cpu.__name__,
+    child.every_call_of_a_run.__name__,
+    child.graphs_are_captured_replayed_and_bounded.__name__,
+    child.engines_that_do_not_fit.__name__,
+    child.plugins_are_hashed_before_they_are_loaded.__name__,
+]
+SCENARIOS = {
+    "tensorrt-10.16.1.11": ALL,
+    "tensorrt-11.4.0.106": WHERE_INTERFACES_DIFFER,
+    "tensorrt-rtx": WHERE_INTERFACES_DIFFER[:-1],
+}
+
+Outcomes = dict[str, str | None]
+Run = Callable[[str, Sequence[str]], Outcomes]
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory, reference_student: Path) -> Path:
+    """The reference student for TensorRT, in float32, so that scores can be compared bit for bit."""
+    options = ExportOptions(target="tensorrt", weights="fp32", parity=False)
+    return export_bundle(reference_student, tmp_path_factory.mktemp("tensorrt") / "bundle", options).path
+
+
+@pytest.fixture(scope="module")
+def run(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs scenarios over one kind of bindings, in a process that finds the stubs."""
+    folder = tmp_path_factory.mktemp("stubs")
+
+    def run_child(bindings: str, scenarios: Sequence[str]) -> Outcomes:
+        installed = Path(sys.prefix) / bindings
+        version = bindings.rpartition("-")[2]
+        assert version == "rtx" or installed.is_dir(), f"`make bindings` installs {bindings}"
+        stubs = folder / bindings
+        if not stubs.is_dir():
+            compile_stubs(stubs, version.split(".")[0])
+            compile_driver(stubs)
+        flavour = bindings if version == "rtx" else "tensorrt"
+        command = [sys.executable, "-m", child.__name__, flavour, str(installed), str(student), *scenarios]
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=450)
+        assert done.returncode == 0, done.stderr
+        outcomes: Outcomes = json.loads(done.stdout)
+        return outcomes
+
+    return run_child
+
+
+@pytest.fixture(scope="module")
+def outcomes(run: Run) -> Callable[[str], Outcomes]:
+    """What became of the scenarios of one kind of bindings, which run once."""
+    known: dict[str, Outcomes] = {}
+
+    def outcomes_of(bindings: str) -> Outcomes:
+        if bindings not in known:
+            known[bindings] = run(bindings, SCENARIOS[bindings])
+        return known[bindings]
+
+    return outcomes_of
+
+
+@pytest.mark.parametrize(
+    ("bindings", "scenario"), [(bindings, name) for bindings, names in SCENARIOS.items() for name in names]
+)
+def test_the_backend(outcomes: Callable[[str], Outcomes], bindings: str, scenario: str) -> None:
+    failure = outcomes(bindings)[scenario]
+    assert failure is None, failure
+
+
+def test_a_driver_that_lacks_a_function(run: Run) -> None:
+    (outcome,) = run("tensorrt-11.4.0.106", [child.a_driver_that_lacks_a_function.__name__]).values()
+    assert outcome is None, outcome
+
+
+@pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
+def test_no_driver(student: Path, monkeypatch: pytest.MonkeyPatch, provider: str) -> None:
+    monkeypatch.setattr(cuda_device, "_LIBRARY", "libcuda-of-no-machine.so.1")
+    with pytest.raises(BackendError, match=r"no CUDA driver on this machine .*install NVIDIA's driver"):
+        Scorer.open(student, provider=provider)
+
+
+def test_a_bundle_of_another_target(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"exported for 'cpu', so it has no engines; .*--target tensorrt"):
+        Scorer.open(tiny_bundle, provider="tensorrt")
+
+
+@pytest.mark.parametrize("missing", ["tensorrt", "cuda-bindings"])
+def test_packages_that_are_not_installed(
+    student: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
+) -> None:
+    monkeypatch.setattr("zreward.runtime.backends.tensorrt.opening.compute_capability", lambda: "8.9")
+    if missing == "tensorrt":
+        with pytest.raises(
+            BackendError, match=r"TensorRT cannot be imported .*pip install 'zreward\[tensorrt\]'"
+        ):
+            Scorer.open(student, provider="tensorrt")
+        return
+    from tests.support.tensorrt_engines import write_engine
+    from zreward.tensorrt_library import load_tensorrt
+
+    copy = Path(shutil.copytree(student, tmp_path / "bundle"))
+    write_engine(Bundle.open(copy), "tensorrt-rtx", str(load_tensorrt("tensorrt-rtx").__version__))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(
+        BackendError, match=r"cuda-bindings cannot be imported .*pip install 'zreward\[tensorrt\]'"
+    ):
+        Scorer.open(copy, provider="tensorrt-rtx")
