@@ -23,12 +23,16 @@ class VerifyReport:
         n_golden: golden inputs replayed.
         max_probability_difference: largest absolute difference of a bin probability.
         tolerance: what the manifest allows.
+        provider: that replayed them, never "auto".
+        backend: the same, for people.
     """
 
     n_files: int
     n_golden: int
     max_probability_difference: float
     tolerance: float
+    provider: str
+    backend: str
 
 
 def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | None = None) -> VerifyReport:
@@ -36,7 +40,8 @@ def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | No
 
     Raises:
         BundleError: a file or an engine is missing or altered, or a golden score differs by more than the tolerance.
-        BackendError: the backend is missing or refuses the graphs.
+        BackendError: what the provider needs is missing, or it refuses the graphs.
+        PluginError: the engine's library of plugins was altered, or does not fit.
     """
     bundle = Bundle.open(path)
     check_files(bundle)
@@ -46,6 +51,7 @@ def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | No
     items = bundle.golden_items()
     largest = 0.0
     with Scorer(Engine(bundle, provider=provider, threads=threads)) as scorer:
+        opened = scorer.engine.opened
         for item in items:
             score = scorer.score(prompt=item.prompt, images=[bundle.path / item.image])[0]
             for name, expected in item.probs.items():
@@ -57,4 +63,4 @@ def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | No
             f"the {tolerance:.0e} that the bundle allows; this backend or processor computes otherwise"
         )
     n_files = len(bundle.manifest.files) + sum(len(engine.info.graphs) for engine in engines)
-    return VerifyReport(n_files, len(items), largest, tolerance)
+    return VerifyReport(n_files, len(items), largest, tolerance, opened.provider, opened.details)

@@ -156,9 +156,35 @@ def test_inspect_and_verify(cli: Cli, tiny_bundle: Path) -> None:
     assert "decoder.onnx" in shown.stdout
     manifest = json.loads(cli("inspect", tiny_bundle, "--json").stdout)
     assert manifest["schema"] == "zreward.bundle"
-    report = json.loads(cli("verify", tiny_bundle, "--json").stdout)
-    assert report["n_golden"] >= 1
+    report = json.loads(cli("verify", tiny_bundle, "--json", "--provider", "cpu").stdout)
+    assert report["n_golden"] >= 1 and report["provider"] == "cpu"
     assert report["max_probability_difference"] <= report["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (
+            ["verify", "BUNDLE", "--provider", "quantum"],
+            2,
+            "unknown provider 'quantum'; this version has auto, cpu",
+        ),
+        (
+            ["score", "BUNDLE", "--prompt", "p", "IMAGE", "--provider", "tensorrt"],
+            1,
+            "exported for 'cpu', so it has",
+        ),
+        (["eval", "BUNDLE/contract.json", "SCENES", "--provider", "cpu"], 2, "--provider is for bundles"),
+    ],
+)
+def test_a_provider_that_cannot_compute_this(
+    cli: Cli, tiny_bundle: Path, scenes: Path, arguments: list[str], status: int, message: str
+) -> None:
+    places = {"BUNDLE": tiny_bundle, "IMAGE": images_of(scenes, 0)[0], "SCENES": scenes}
+    given = [str(places.get(a, a.replace("BUNDLE", str(tiny_bundle)))) for a in arguments]
+    result = cli(*given)
+    assert result.returncode == status
+    assert message in " ".join(result.stderr.split()) and result.stdout == ""
 
 
 def test_contract_is_written_once(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:

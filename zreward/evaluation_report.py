@@ -105,7 +105,7 @@ class Source:
         contract_sha256: of the score contract; None for a scores file that does not say.
         bundle_sha256: of the bundle's manifest, its first 16 digits for a scores file; None for a checkpoint.
         reasoning: None where the model answered directly.
-        notes: what of the evaluation the source has not enough for.
+        notes: what of the evaluation the source has not enough for, and what computed it if not the CPU.
         packages: distributions whose versions belong to the result.
     """
 

@@ -28,6 +28,7 @@ class Flavour:
         portable_to: compute capabilities of an engine that was built for no one in particular; empty where it is
             built for the GPU at hand.
         takes_plugins: whether it may load plugins.
+        package: distribution whose version is the library's.
     """
 
     title: str
@@ -35,11 +36,12 @@ class Flavour:
     install: str
     portable_to: tuple[str, ...]
     takes_plugins: bool
+    package: str
 
 
 FLAVOURS: Mapping[str, Flavour] = {
     "tensorrt": Flavour(
-        "TensorRT", ("tensorrt", "tensorrt_bindings"), "pip install 'zreward[tensorrt]'", (), True
+        "TensorRT", ("tensorrt", "tensorrt_bindings"), "pip install 'zreward[tensorrt]'", (), True, "tensorrt"
     ),
     "tensorrt-rtx": Flavour(
         "TensorRT-RTX",
@@ -47,6 +49,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         "pip install 'zreward[tensorrt-rtx]'",
         ("8.0+",),
         False,
+        "tensorrt_rtx_cu13_libs",
     ),
 }
 

@@ -14,7 +14,10 @@ from pathlib import Path
 
 from zreward import __version__
 
-_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu")
+_PACKAGES = (
+    *("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
+    *("cuda-bindings", "tensorrt", "tensorrt_rtx_cu13_libs"),
+)
 
 # What decides how fast products are: vector widths, whole-number and matrix instructions of x86 and Arm.
 _FLAGS = (

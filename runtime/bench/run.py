@@ -106,7 +106,15 @@ def _notes(
         notes.append(
             "There is no bound: the rate of 8-bit products can be measured with the compiled kernels only."
         )
+    elif unbounded := sorted({r.configuration.provider for r in results if not _has_bound(r)}):
+        notes.append(
+            f"There is no bound for {', '.join(unbounded)}: a GPU computes there, and the rate is the processor's."
+        )
     return notes
+
+
+def _has_bound(result: Result) -> bool:
+    return any(timing.bound_ms is not None for timing in result.stages.values())
 
 
 def _multiplies_integers(bundle: Bundle) -> bool:

@@ -95,7 +95,8 @@ def _work(data: dict[str, Any], say: Callable[[Message], None]) -> None:
         peak = peak_memory_bytes()
         results: tuple[Result, ...] = ()
         if not job.only_start:
-            results = measure(scorer, job.plan, job.rate, lambda *progress: say({"progress": progress}))
+            rate = job.rate if scorer.engine.opened.provider == "cpu" else None  # it is the processor's
+            results = measure(scorer, job.plan, rate, lambda *progress: say({"progress": progress}))
     peaks = [result.peak_memory_bytes or 0 for result in results]
     measured = Measured(start, results, max([peak, peak_memory_bytes(), *peaks]))
     say({"measured": dataclasses.asdict(measured)})

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from zreward.bundle import Manifest
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
+ProviderOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="What computes: auto, cpu, or an engine of tensorrt or tensorrt-rtx on a GPU."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -152,18 +158,19 @@ def _print_files(manifest: Manifest) -> None:
 
 def verify(
     bundle: BundleArgument,
+    provider: ProviderOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check the hash of every file and replay the golden inputs."""
     from zreward.runtime.verify import verify_bundle
 
-    report = verify_bundle(bundle, threads=threads)
+    report = verify_bundle(bundle, provider=provider, threads=threads)
     if as_json:
         console.print_json(dataclasses.asdict(report))
         return
     console.print_fact("verified", bundle)
-    console.print_fact("golden", f"{report.n_golden} inputs replayed")
+    console.print_fact("golden", f"{report.n_golden} inputs replayed by {report.backend}")
     difference, tolerance = report.max_probability_difference, report.tolerance
     console.print_fact(
         "difference", f"{difference:.1e} at most in a bin probability; allowed is {tolerance:.0e}"

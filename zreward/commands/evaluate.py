@@ -41,6 +41,10 @@ def evaluate(
         int, typer.Option(min=0, help="Bootstrap draws of prompts for the intervals; 0 for none.")
     ] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap draws and of sampled traces.")] = 0,
+    provider: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What computes the scores of a bundle, as for `score` (auto)."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     reasons: Annotated[
         bool, typer.Option("--reasoning", help="A checkpoint reasons before it answers.")
@@ -69,7 +73,7 @@ def evaluate(
     _check_page(html, source, path)
     labels = read_labels(path)
     with console.progress() as progress:
-        predictions, facts = _scored(source, labels, reasoning, threads, progress)
+        predictions, facts = _scored(source, labels, reasoning, provider, threads, progress)
         report = evaluation_report(
             facts, path, predictions, labels, n_resamples=resamples, seed=seed, progress=progress
         )
@@ -166,7 +170,12 @@ def _definitions(report: EvaluationReport) -> list[str]:
 
 
 def _scored(
-    source: Path, labels: Labels, reasoning: Reasoning | None, threads: int | None, progress: Progress
+    source: Path,
+    labels: Labels,
+    reasoning: Reasoning | None,
+    provider: str | None,
+    threads: int | None,
+    progress: Progress,
 ) -> Scored:
     from zreward.commands import evaluate_sources as sources
     from zreward.errors import UsageError
@@ -175,10 +184,12 @@ def _scored(
     if reasoning and kind != "checkpoint":
         what = "a bundle" if kind == "bundle" else "a file of scores"
         raise UsageError(f"--reasoning is for checkpoints, and {source} is {what}, which answers directly")
+    if provider is not None and kind != "bundle":
+        raise UsageError(f"--provider is for bundles, and {source} is none; leave it out")
     if kind == "checkpoint":
         return sources.from_checkpoint(source, labels, reasoning, threads, progress)
     if kind == "bundle":
-        return sources.from_bundle(source, labels, threads, progress)
+        return sources.from_bundle(source, labels, threads, progress, provider=provider or "auto")
     return sources.from_score_file(source, labels)
 
 

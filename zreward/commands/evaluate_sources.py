@@ -67,15 +67,17 @@ def from_score_file(path: Path, labels: Labels) -> Scored:
     )
 
 
-def from_bundle(path: Path, labels: Labels, threads: int | None, progress: Progress) -> Scored:
-    """Scores of an exported model, by the runtime."""
+def from_bundle(
+    path: Path, labels: Labels, threads: int | None, progress: Progress, *, provider: str = "auto"
+) -> Scored:
+    """Scores of an exported model, by the runtime; `provider` as for `Scorer.open`."""
     import numpy as np
 
     from zreward.evaluation import Predictions
     from zreward.evaluation_report import Source
     from zreward.runtime import Score, Scorer
 
-    with Scorer.open(path, threads=threads) as scorer:
+    with Scorer.open(path, provider=provider, threads=threads) as scorer:
         contract = scorer.contract
         _check_dimensions(contract, labels, path)
         probs = np.full((*labels.scores.shape, len(contract.bins)), np.nan)
@@ -88,7 +90,15 @@ def from_bundle(path: Path, labels: Labels, threads: int | None, progress: Progr
                 else:
                     console.say(f"item {item + 1}: {result}")
             progress("scoring", start + len(chunk), len(labels.pairs))
-        source = Source("bundle", str(path), contract.sha256, scorer.bundle.sha256, packages=("onnxruntime",))
+        opened = scorer.engine.opened
+        source = Source(
+            "bundle",
+            str(path),
+            contract.sha256,
+            scorer.bundle.sha256,
+            notes=() if opened.provider == "cpu" else (f"Scores are those of {opened.details}.",),
+            packages=tuple(opened.packages),
+        )
     return Scored(Predictions.of_distributions(probs, contract.bins), source)
 
 

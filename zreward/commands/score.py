@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zreward.commands import console
+from zreward.commands.bundles import ProviderOption
 from zreward.errors import UsageError, ZrewardError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def score(
     restart: Annotated[
         bool, typer.Option("--restart", help="Empty --output first instead of going on from it.")
     ] = False,
+    provider: ProviderOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
@@ -39,22 +41,24 @@ def score(
     if source is not None:
         if images or prompt is not None or output is None or as_json:
             raise UsageError("--input goes with --output, and without images, --prompt and --json")
-        n_failed = _score_file(bundle, source, output, restart, threads)
+        n_failed = _score_file(bundle, source, output, restart, provider, threads)
     elif prompt is None or not images:
         raise UsageError("give --prompt TEXT and at least one image, or --input FILE and --output FILE")
     elif output is not None or restart:
         raise UsageError("--output and --restart go with --input; for images, redirect the output of --json")
     else:
-        n_failed = _score_images(bundle, prompt, images, threads, as_json)
+        n_failed = _score_images(bundle, prompt, images, provider, threads, as_json)
     if n_failed:
         raise typer.Exit(1)
 
 
-def _score_file(bundle: Path, source: Path, output: Path, restart: bool, threads: int | None) -> int:
+def _score_file(
+    bundle: Path, source: Path, output: Path, restart: bool, provider: str, threads: int | None
+) -> int:
     from zreward.runtime import Scorer
     from zreward.runtime.jsonl import score_jsonl
 
-    with Scorer.open(bundle, threads=threads) as scorer, console.progress("%") as progress:
+    with Scorer.open(bundle, provider=provider, threads=threads) as scorer, console.progress("%") as progress:
 
         def report(done: int, total: int) -> None:
             stop_if_interrupted()
@@ -72,11 +76,11 @@ def _score_file(bundle: Path, source: Path, output: Path, restart: bool, threads
 
 
 def _score_images(
-    bundle: Path, prompt: str, images: Sequence[Path], threads: int | None, as_json: bool
+    bundle: Path, prompt: str, images: Sequence[Path], provider: str, threads: int | None, as_json: bool
 ) -> int:
     from zreward.runtime import Score, Scorer
 
-    with Scorer.open(bundle, threads=threads) as scorer:
+    with Scorer.open(bundle, provider=provider, threads=threads) as scorer:
         results = scorer.score(prompt=prompt, images=images, errors="return")
         scored = {index: result for index, result in enumerate(results) if isinstance(result, Score)}
         ranks = ranks_from_overall({index: result.overall for index, result in scored.items()})

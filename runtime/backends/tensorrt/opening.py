@@ -76,7 +76,7 @@ def open_engine(bundle: Bundle, *, flavour: str) -> OpenGraphs:
         details=f"{library.title} {trt.__version__}, engine {built.path.name}",
         sessions=sessions,
         images=_most_images(built.info),
-        packages=library.modules[:1],
+        packages=(library.package, "cuda-bindings"),
         close=partial(device.close, release),
     )
 

@@ -7,6 +7,7 @@ Each scenario is a function that asserts; the process prints which ones passed, 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import json
@@ -14,6 +15,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +29,17 @@ from tests.support.cuda_driver import ILLEGAL_ADDRESS, NO_DEVICE, OUT_OF_MEMORY,
 from tests.support.tensorrt_engines import FakeLibrary, plugin_library, write_engine
 from zreward.bundle import Bundle
 from zreward.engines import file_sha256
-from zreward.errors import BackendError, BundleError, PluginError, UsageError, ZrewardError
+from zreward.errors import BackendError, BenchError, BundleError, PluginError, UsageError, ZrewardError
 from zreward.image import preprocess
+from zreward.jsonfile import dataclass_from_json
 from zreward.runtime import Score, Scorer
 from zreward.runtime.backends.tensorrt import DeviceArray, graphs, opening
+from zreward.runtime.bench import worker
+from zreward.runtime.bench.machine import describe_machine
+from zreward.runtime.bench.plan import BenchPlan
+from zreward.runtime.bench.rates import Rate
+from zreward.runtime.bench.run import _has_bound, _notes
+from zreward.runtime.bench.worker import Job, Measured
 from zreward.runtime.engine import DecoderState, Engine
 from zreward.runtime.verify import verify_bundle
 
@@ -121,6 +130,7 @@ def scores_equal_those_of_the_cpu(world: World) -> None:
 def golden_inputs_are_replayed(world: World) -> None:
     world.write_engine()
     report = verify_bundle(world.path, provider=world.flavour)
+    assert report.provider == world.flavour and world.version in report.backend
     assert report.n_golden > 0 and report.max_probability_difference < 1e-6
     world.assert_clean()
 
@@ -580,6 +590,24 @@ def auto_takes_what_runs(world: World) -> None:
     world.assert_clean()
 
 
+def a_benchmark_has_no_bound(world: World) -> None:
+    """The rate that a benchmark measures is the processor's."""
+    world.write_engine()
+    plan = BenchPlan(image_sizes=(48,), threads=(1,), providers=(world.flavour,), min_seconds=0, starts=1)
+    said: list[Any] = []
+    for provider in (world.flavour, "cpu"):
+        job = Job(
+            str(world.path), plan.only(provider, 1), Rate(1, 1.0, 1.0, None, "numpy"), time.monotonic(), False
+        )
+        worker._work(dataclasses.asdict(job), said.append)
+    measured = [dataclass_from_json(Measured, m["measured"], "", BenchError) for m in said if "measured" in m]
+    on_gpu, on_cpu = (one.results for one in measured)
+    assert [_has_bound(result) for result in (*on_gpu, *on_cpu)] == [False, True]
+    (note,) = _notes(world.bundle, describe_machine(), plan, [*on_gpu, *on_cpu], {})[-1:]
+    assert note.startswith(f"There is no bound for {world.flavour}: a GPU computes there")
+    world.assert_clean()
+
+
 def a_driver_that_lacks_a_function(world: World) -> None:
     """cuda-bindings looks for functions once, so this runs in a process of its own."""
     world.write_engine()
@@ -604,6 +632,7 @@ SCENARIOS: tuple[Callable[[World], None], ...] = (
     engines_that_do_not_fit,
     plugins_are_hashed_before_they_are_loaded,
     auto_takes_what_runs,
+    a_benchmark_has_no_bound,
 )
 
 
