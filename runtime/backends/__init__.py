@@ -16,6 +16,7 @@ from zreward.cuda_device import compute_capability
 from zreward.engines import engines_of
 from zreward.errors import BackendError, PluginError, UsageError
 from zreward.lengths import MAX_IMAGES
+from zreward.plugins import find_library
 from zreward.tensorrt_library import FLAVOURS
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def open_graphs(bundle: Bundle, *, provider: str, threads: int | None) -> OpenGr
     if provider in FLAVOURS:
         from zreward.runtime.backends.tensorrt import open_engine
 
-        return open_engine(bundle, flavour=provider)
+        return open_engine(bundle, flavour=provider, plugins=find_library())
     reasons: list[str] = []
     if provider == "auto":
         opened, reasons = _fitting_engine(bundle)
@@ -138,7 +139,7 @@ def _fitting_engine(bundle: Bundle) -> tuple[OpenGraphs | None, list[str]]:
     reasons = []
     for flavour in sorted(flavours):
         try:
-            return open_engine(bundle, flavour=flavour), []
+            return open_engine(bundle, flavour=flavour, plugins=find_library()), []
         except (BackendError, PluginError) as error:
             reasons.append(f"{flavour}: {error}")
     _log.warning(

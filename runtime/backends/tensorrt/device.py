@@ -41,20 +41,23 @@ class DeviceMemoryError(BackendError):
 
 
 class Device:
-    """The first GPU that the process sees; CUDA_VISIBLE_DEVICES names another one.
+    """A GPU. Safe to share between threads.
 
-    Safe to share between threads. What it holds is given back by `close`, or when nothing refers to it any more.
+    What it holds is given back by `close`, or when nothing refers to it any more.
+
+    Args:
+        ordinal: its number, as CUDA counts GPUs.
 
     Raises:
-        BackendError: cuda-bindings is not installed, or the driver has no usable GPU.
+        BackendError: cuda-bindings is not installed, or the driver has no such GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ordinal: int = 0) -> None:
         self._call, self._modes = _driver()
         self._lock = threading.RLock()
         self._held: dict[tuple[str, int], Any] = {}
         self._call("cuInit", 0)
-        gpu = self._call("cuDeviceGet", 0)
+        gpu = self._call("cuDeviceGet", ordinal)
         self._context = self._call("cuDevicePrimaryCtxRetain", gpu)
         self._held["cuDevicePrimaryCtxRelease", int(gpu)] = gpu
         self._finalizer = weakref.finalize(self, _give_back, self._call, self._context, self._held)

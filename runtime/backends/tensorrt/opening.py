@@ -18,7 +18,7 @@ from zreward.bundle import Bundle
 from zreward.cuda_device import compute_capability
 from zreward.engines import STATES, BuiltEngine, EngineInfo, select_engine
 from zreward.errors import BackendError
-from zreward.plugins import PluginLibrary, find_library
+from zreward.plugins import PluginLibrary
 from zreward.runtime.backends import OpenGraphs
 from zreward.runtime.backends.tensorrt.context import LoadedEngine, Scratch
 from zreward.runtime.backends.tensorrt.device import Device
@@ -31,11 +31,13 @@ _REMEMBERED_ERRORS = 16
 _AGAIN = "build it again with `zreward engine BUNDLE --force`"
 
 
-def open_engine(bundle: Bundle, *, flavour: str) -> OpenGraphs:
+def open_engine(bundle: Bundle, *, flavour: str, device: int = 0, plugins: Path | None = None) -> OpenGraphs:
     """Load the engine of `bundle` that runs on this machine.
 
     Args:
         flavour: "tensorrt" or "tensorrt-rtx".
+        device: number of the GPU, as CUDA counts them.
+        plugins: library to load; an engine that was built with it is preferred to one without plugins.
 
     Raises:
         BackendError: the bundle has no engine for this machine; the driver, the library, cuda-bindings or plugins are
@@ -49,21 +51,20 @@ def open_engine(bundle: Bundle, *, flavour: str) -> OpenGraphs:
             f"with `--target {_TARGET}`"
         )
     library = flavour_named(flavour)
-    capability = compute_capability()
+    capability = compute_capability(device)
     trt = load_tensorrt(flavour)
-    plugins = find_library() if library.takes_plugins else None
     built = select_engine(
         bundle,
         flavour=flavour,
         tensorrt_version=str(trt.__version__),
         compute_capability=capability,
-        plugins=plugins,
+        plugins=plugins if library.takes_plugins else None,
     )
-    device = Device()
+    gpu = Device(device)
     try:
-        sessions, runtime = _sessions(bundle, trt, built, plugins, device)
+        sessions, runtime = _sessions(bundle, trt, built, plugins, gpu)
     except BaseException:
-        device.close()
+        gpu.close()
         raise
 
     def release() -> None:
@@ -77,7 +78,7 @@ def open_engine(bundle: Bundle, *, flavour: str) -> OpenGraphs:
         sessions=sessions,
         images=_most_images(built.info),
         packages=(library.package, "cuda-bindings"),
-        close=partial(device.close, release),
+        close=partial(gpu.close, release),
     )
 
 

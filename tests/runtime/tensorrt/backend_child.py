@@ -32,7 +32,7 @@ from zreward.engines import file_sha256
 from zreward.errors import BackendError, BenchError, BundleError, PluginError, UsageError, ZrewardError
 from zreward.image import preprocess
 from zreward.jsonfile import dataclass_from_json
-from zreward.runtime import Score, Scorer
+from zreward.runtime import Score, Scorer, backends
 from zreward.runtime.backends.tensorrt import DeviceArray, graphs, opening
 from zreward.runtime.bench import worker
 from zreward.runtime.bench.machine import describe_machine
@@ -556,7 +556,7 @@ def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     path = world.write_engine(plugins={library.name: sha256})
     opened = []
     for found, engine in ((library, path), (None, plain)):
-        opening.find_library = lambda found=found: found
+        backends.find_library = lambda found=found: found
         with Scorer.open(world.path, provider=world.flavour) as scorer:
             opened.append("IPluginRegistry.load_library" in world.library.calls)
             assert engine.name in scorer.engine.opened.details
@@ -565,7 +565,7 @@ def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     assert opened == [True, False]
     shutil.rmtree(plain)
     assert "name the library" in world.refused()
-    opening.find_library = lambda: library
+    backends.find_library = lambda: library
     library.write_bytes(b"other code")
     assert "is not loaded" in world.refused()
     library.write_bytes(b"machine code")
@@ -679,7 +679,7 @@ def main() -> None:
     )
     alone = [a_driver_that_lacks_a_function.__name__]
     driver, outcomes = FakeDriver(without=("cuMemAlloc",) if named == alone else ()), {}
-    defaults = {(m, n): getattr(m, n) for m, n in ((graphs, "MOST_GRAPHS"), (opening, "find_library"))}
+    defaults = {(m, n): getattr(m, n) for m, n in ((graphs, "MOST_GRAPHS"), (backends, "find_library"))}
     for scenario in (*SCENARIOS, a_driver_that_lacks_a_function):
         if scenario.__name__ not in (named or [scenario.__name__ for scenario in SCENARIOS]):
             continue

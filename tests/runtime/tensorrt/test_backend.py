@@ -123,7 +123,7 @@ def test_a_bundle_of_another_target(tiny_bundle: Path) -> None:
 def test_packages_that_are_not_installed(
     student: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
 ) -> None:
-    monkeypatch.setattr("zreward.runtime.backends.tensorrt.opening.compute_capability", lambda: "8.9")
+    monkeypatch.setattr("zreward.runtime.backends.tensorrt.opening.compute_capability", lambda device: "8.9")
     if missing == "tensorrt":
         with pytest.raises(
             BackendError, match=r"TensorRT cannot be imported .*pip install 'zreward\[tensorrt\]'"
