@@ -13,7 +13,6 @@ import json
 import math
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -292,15 +291,3 @@ def _read(engine: FakeEngine, name: str, shape: Shape, address: int) -> np.ndarr
     n_bytes = math.prod(shape) * dtype.itemsize
     data = (ctypes.c_uint8 * n_bytes).from_address(address)
     return np.frombuffer(data, np.uint8).view(dtype).reshape(shape)
-
-
-def plugin_library(path: Path, tensorrt_version: str) -> Path:
-    """A file with a record that says that it is a library of plugins."""
-    from zreward.plugins import OPERATORS, PluginRecord, write_record
-
-    path.write_bytes(b"machine code")
-    record = PluginRecord(
-        file_sha256(path), path.stat().st_size, "0.1.0", 1, "13.0", ("8.9",), tensorrt_version, OPERATORS
-    )
-    write_record(path, record)
-    return path

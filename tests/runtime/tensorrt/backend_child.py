@@ -1,6 +1,6 @@
 """Scenarios of the TensorRT backend, in a process whose loader finds a CUDA driver and TensorRT made of stubs.
 
-python -m tests.runtime.tensorrt.backend_child FLAVOUR FOLDER_OF_THE_BINDINGS BUNDLE
+python -m tests.runtime.tensorrt.backend_child FLAVOUR BUNDLE [SCENARIO…]
 
 Each scenario is a function that asserts; the process prints which ones passed, and the trace of those that did not.
 """
@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from tests.support.cuda_driver import ILLEGAL_ADDRESS, NO_DEVICE, OUT_OF_MEMORY, FakeDriver
-from tests.support.tensorrt_engines import FakeLibrary, plugin_library, write_engine
+from tests.support.plugins import recorded_library
+from tests.support.tensorrt_engines import FakeLibrary, write_engine
 from zreward.bundle import Bundle
-from zreward.engines import file_sha256
 from zreward.errors import BackendError, BenchError, BundleError, PluginError, UsageError, ZrewardError
 from zreward.image import preprocess
 from zreward.jsonfile import dataclass_from_json
@@ -550,8 +550,9 @@ def engines_that_do_not_fit(world: World) -> None:
 def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     if not world.own_graphs:  # TensorRT-RTX has none
         return
-    library = plugin_library(world.folder / "libzreward_plugins.so", world.version)
-    sha256 = file_sha256(library)
+    library = world.folder / "libzreward_plugins.so"
+    sha256 = recorded_library(library, world.version).sha256
+    machine_code = library.read_bytes()
     plain = world.write_engine()
     path = world.write_engine(plugins={library.name: sha256})
     opened = []
@@ -568,7 +569,7 @@ def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     backends.find_library = lambda: library
     library.write_bytes(b"other code")
     assert "is not loaded" in world.refused()
-    library.write_bytes(b"machine code")
+    library.write_bytes(machine_code)
     library.with_suffix(".json").unlink()
     assert "the record of the library is missing" in world.refused(PluginError)
     assert "IPluginRegistry.load_library" not in world.library.calls
@@ -672,11 +673,8 @@ def heard() -> Iterator[list[str]]:
 
 def main() -> None:
     """Print the outcome of each scenario: null, or the trace of its failure."""
-    flavour, folder, source, *named = sys.argv[1:]
-    sys.path.insert(0, folder)
-    module = importlib.import_module(
-        "tensorrt_bindings" if flavour == "tensorrt" else "tensorrt_rtx_bindings"
-    )
+    flavour, source, *named = sys.argv[1:]
+    module = importlib.import_module("tensorrt" if flavour == "tensorrt" else "tensorrt_rtx_bindings")
     alone = [a_driver_that_lacks_a_function.__name__]
     driver, outcomes = FakeDriver(without=("cuMemAlloc",) if named == alone else ()), {}
     defaults = {(m, n): getattr(m, n) for m, n in ((graphs, "MOST_GRAPHS"), (backends, "find_library"))}

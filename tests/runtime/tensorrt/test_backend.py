@@ -1,14 +1,13 @@
 """L2: the TensorRT backend on the reference student, over the real bindings of TensorRT and cuda-bindings.
 
 Libraries are stubs, the GPU is the host's memory, and ONNX Runtime computes what an engine would; `backend_child` has
-the scenarios. `make test` installs the bindings beside the packages of its environment.
+the scenarios.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,17 +19,14 @@ import pytest
 from tests.conftest import ROOT
 from tests.runtime.tensorrt import backend_child as child
 from tests.support.cuda_driver import compile_driver
-from tests.support.tensorrt_api import compile_stubs
+from tests.support.tensorrt_api import VERSIONS, bindings_environment, on_linux_x86_64
 from zreward import cuda_device
 from zreward.bundle import Bundle
 from zreward.errors import BackendError
 from zreward.export import ExportOptions, export_bundle
 from zreward.runtime import Scorer
 
-pytestmark = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="NVIDIA has these bindings for Linux on x86-64",
-)
+pytestmark = on_linux_x86_64
 
 ALL = [scenario.__name__ for scenario in child.SCENARIOS]
 WHERE_INTERFACES_DIFFER = [
@@ -40,10 +36,11 @@ WHERE_INTERFACES_DIFFER = [
     child.engines_that_do_not_fit.__name__,
     child.plugins_are_hashed_before_they_are_loaded.__name__,
 ]
+RTX = "tensorrt-rtx"
 SCENARIOS = {
-    "tensorrt-10.16.1.11": ALL,
-    "tensorrt-11.4.0.106": WHERE_INTERFACES_DIFFER,
-    "tensorrt-rtx": WHERE_INTERFACES_DIFFER[:-1],
+    VERSIONS[0]: ALL,
+    VERSIONS[1]: WHERE_INTERFACES_DIFFER,
+    RTX: WHERE_INTERFACES_DIFFER[:-1],
 }
 
 Outcomes = dict[str, str | None]
@@ -59,20 +56,16 @@ def student(tmp_path_factory: pytest.TempPathFactory, reference_student: Path) -
 
 @pytest.fixture(scope="module")
 def run(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs scenarios over one kind of bindings, in a process that finds the stubs."""
-    folder = tmp_path_factory.mktemp("stubs")
+    """Runs scenarios over the bindings of one version, in a process that finds the stubs."""
 
-    def run_child(bindings: str, scenarios: Sequence[str]) -> Outcomes:
-        installed = Path(sys.prefix) / bindings
-        version = bindings.rpartition("-")[2]
-        assert version == "rtx" or installed.is_dir(), f"`make bindings` installs {bindings}"
-        stubs = folder / bindings
-        if not stubs.is_dir():
-            compile_stubs(stubs, version.split(".")[0])
-            compile_driver(stubs)
-        flavour = bindings if version == "rtx" else "tensorrt"
-        command = [sys.executable, "-m", child.__name__, flavour, str(installed), str(student), *scenarios]
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs)}
+    def run_child(version: str, scenarios: Sequence[str]) -> Outcomes:
+        stubs = tmp_path_factory.mktemp("stubs")
+        compile_driver(stubs)
+        if version == RTX:
+            flavour, environment = RTX, {**os.environ, "LD_LIBRARY_PATH": str(stubs)}
+        else:
+            flavour, environment = "tensorrt", bindings_environment(version, stubs)
+        command = [sys.executable, "-m", child.__name__, flavour, str(student), *scenarios]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=450)
         assert done.returncode == 0, done.stderr
         outcomes: Outcomes = json.loads(done.stdout)
@@ -83,27 +76,27 @@ def run(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def outcomes(run: Run) -> Callable[[str], Outcomes]:
-    """What became of the scenarios of one kind of bindings, which run once."""
+    """What became of the scenarios over the bindings of one version, which run once."""
     known: dict[str, Outcomes] = {}
 
-    def outcomes_of(bindings: str) -> Outcomes:
-        if bindings not in known:
-            known[bindings] = run(bindings, SCENARIOS[bindings])
-        return known[bindings]
+    def outcomes_of(version: str) -> Outcomes:
+        if version not in known:
+            known[version] = run(version, SCENARIOS[version])
+        return known[version]
 
     return outcomes_of
 
 
 @pytest.mark.parametrize(
-    ("bindings", "scenario"), [(bindings, name) for bindings, names in SCENARIOS.items() for name in names]
+    ("version", "scenario"), [(version, name) for version, names in SCENARIOS.items() for name in names]
 )
-def test_the_backend(outcomes: Callable[[str], Outcomes], bindings: str, scenario: str) -> None:
-    failure = outcomes(bindings)[scenario]
+def test_the_backend(outcomes: Callable[[str], Outcomes], version: str, scenario: str) -> None:
+    failure = outcomes(version)[scenario]
     assert failure is None, failure
 
 
 def test_a_driver_that_lacks_a_function(run: Run) -> None:
-    (outcome,) = run("tensorrt-11.4.0.106", [child.a_driver_that_lacks_a_function.__name__]).values()
+    (outcome,) = run(VERSIONS[1], [child.a_driver_that_lacks_a_function.__name__]).values()
     assert outcome is None, outcome
 
 
