@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from zreward.errors import BackendError, BundleError
 from zreward.hashing import file_sha256
 from zreward.jsonfile import dataclass_from_json, read_json_object, write_json
 from zreward.plugins import LOCATION
+
+_log = logging.getLogger(__name__)
 
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
@@ -282,6 +285,13 @@ def select_engine(
     runnable = [engine for engine in fitting if engine.has_plugins(plugins)]
     chosen = (runnable or fitting)[0]
     chosen.check_plugins(plugins)
+    if plugins is not None and chosen != fitting[0]:
+        _log.warning(
+            "%s runs without plugins, since %s was built with others than %s; build it again to have them",
+            chosen.path,
+            fitting[0].path.name,
+            plugins,
+        )
     return chosen
 
 

@@ -131,7 +131,7 @@ def _timing_cache(config: Any, job: EngineJob, said: list[str]) -> Any:
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         raise ExportError(
-            f"{path}: not timings of this GPU and this TensorRT{_told(said)}; name another --timing-cache"
+            f"{path}: not timings of this GPU and this TensorRT{quoted(said)}; name another --timing-cache"
         )
     return cache
 

@@ -122,13 +122,19 @@ def test_the_engine_of_this_machine_is_found_among_others(bundle: Bundle) -> Non
     assert select_engine(bundle, **HERE) == expected
 
 
-def test_plugins_are_preferred_where_their_library_is_given(bundle: Bundle, tmp_path: Path) -> None:
+def test_plugins_are_preferred_where_their_library_is_given(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     library = tmp_path / "libzreward_plugins.so"
     library.write_bytes(b"machine code")
     plain = add_engine(bundle)
     with_plugins = add_engine(bundle, plugins={library.name: file_sha256(library)})
     assert select_engine(bundle, **HERE, plugins=library) == with_plugins
     assert select_engine(bundle, **HERE) == plain
+    assert not caplog.messages
+    library.write_bytes(b"machine code of another build")
+    assert select_engine(bundle, **HERE, plugins=library) == plain
+    assert "runs without plugins, since tensorrt-sm89-plugins was built with others" in caplog.text
 
 
 def test_a_missing_or_altered_library_is_never_loaded(bundle: Bundle, tmp_path: Path) -> None:
