@@ -56,6 +56,7 @@ class Device:
         self._call, self._modes = _driver()
         self._lock = threading.RLock()
         self._held: dict[tuple[str, int], Any] = {}
+        self._stream: Any = 0  # the default one, until there is another
         self._call("cuInit", 0)
         gpu = self._call("cuDeviceGet", ordinal)
         self._context = self._call("cuDevicePrimaryCtxRetain", gpu)

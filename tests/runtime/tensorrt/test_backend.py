@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.runtime.tensorrt import backend_child as child
+from tests.runtime.tensorrt import failing, running
 from tests.support.cuda_driver import compile_driver
 from tests.support.tensorrt_api import VERSIONS, bindings_environment, on_linux_x86_64
 from zreward import cuda_device
@@ -30,11 +31,11 @@ pytestmark = on_linux_x86_64
 
 ALL = [scenario.__name__ for scenario in child.SCENARIOS]
 WHERE_INTERFACES_DIFFER = [
-    child.scores_equal_those_of_the_cpu.__name__,
-    child.every_call_of_a_run.__name__,
-    child.graphs_are_captured_replayed_and_bounded.__name__,
-    child.engines_that_do_not_fit.__name__,
-    child.plugins_are_hashed_before_they_are_loaded.__name__,
+    running.scores_equal_those_of_the_cpu.__name__,
+    running.every_call_of_a_run.__name__,
+    running.graphs_are_captured_replayed_and_bounded.__name__,
+    failing.engines_that_do_not_fit.__name__,
+    failing.plugins_are_hashed_before_they_are_loaded.__name__,
 ]
 RTX = "tensorrt-rtx"
 SCENARIOS = {
@@ -96,7 +97,7 @@ def test_the_backend(outcomes: Callable[[str], Outcomes], version: str, scenario
 
 
 def test_a_driver_that_lacks_a_function(run: Run) -> None:
-    (outcome,) = run(VERSIONS[1], [child.a_driver_that_lacks_a_function.__name__]).values()
+    (outcome,) = run(VERSIONS[1], [child.ALONE.__name__]).values()
     assert outcome is None, outcome
 
 
