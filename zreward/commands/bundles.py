@@ -13,17 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zreward.commands import console
+from zreward.commands.providers import ProviderOption
 
 if TYPE_CHECKING:
     from zreward.bundle import Manifest
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.")]
-ProviderOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="What computes: auto, cpu, or an engine of tensorrt or tensorrt-rtx on a GPU."
-    ),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

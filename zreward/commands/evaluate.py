@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zreward.commands import console
+from zreward.commands.providers import ProviderOption
 
 if TYPE_CHECKING:
     from zreward.commands.evaluate_sources import Scored
@@ -41,10 +42,7 @@ def evaluate(
         int, typer.Option(min=0, help="Bootstrap draws of prompts for the intervals; 0 for none.")
     ] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap draws and of sampled traces.")] = 0,
-    provider: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="What computes the scores of a bundle, as for `score` (auto)."),
-    ] = None,
+    provider: ProviderOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     reasons: Annotated[
         bool, typer.Option("--reasoning", help="A checkpoint reasons before it answers.")
@@ -173,7 +171,7 @@ def _scored(
     source: Path,
     labels: Labels,
     reasoning: Reasoning | None,
-    provider: str | None,
+    provider: str,
     threads: int | None,
     progress: Progress,
 ) -> Scored:
@@ -184,12 +182,13 @@ def _scored(
     if reasoning and kind != "checkpoint":
         what = "a bundle" if kind == "bundle" else "a file of scores"
         raise UsageError(f"--reasoning is for checkpoints, and {source} is {what}, which answers directly")
-    if provider is not None and kind != "bundle":
-        raise UsageError(f"--provider is for bundles, and {source} is none; leave it out")
+    if provider != "auto" and kind != "bundle":
+        what = "a checkpoint is run by torch" if kind == "checkpoint" else "scores in a file are read"
+        raise UsageError(f"--provider is for bundles: {what}; leave it out")
     if kind == "checkpoint":
         return sources.from_checkpoint(source, labels, reasoning, threads, progress)
     if kind == "bundle":
-        return sources.from_bundle(source, labels, threads, progress, provider=provider or "auto")
+        return sources.from_bundle(source, labels, threads, progress, provider=provider)
     return sources.from_score_file(source, labels)
 
 

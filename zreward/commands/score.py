@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zreward.commands import console
-from zreward.commands.bundles import ProviderOption
+from zreward.commands.providers import ProviderOption
 from zreward.errors import UsageError, ZrewardError
 
 if TYPE_CHECKING:

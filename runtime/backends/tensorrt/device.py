@@ -56,7 +56,7 @@ class Device:
         self._call, self._modes = _driver()
         self._lock = threading.RLock()
         self._held: dict[tuple[str, int], Any] = {}
-        self._stream: Any = 0  # the default one, until there is another
+        self._stream: Any = None
         self._call("cuInit", 0)
         gpu = self._call("cuDeviceGet", ordinal)
         self._context = self._call("cuDevicePrimaryCtxRetain", gpu)
@@ -135,7 +135,8 @@ class Device:
         Raises:
             BackendError: some of it failed.
         """
-        self._call("cuStreamSynchronize", self._stream)
+        if self._stream is not None:
+            self._call("cuStreamSynchronize", self._stream)
 
     def read(self, address: int, array: NDArray[Any]) -> None:
         """Fill a contiguous `array` from the device's memory, and wait for it."""
