@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from zreward.bundle import Bundle
 from zreward.cuda_device import compute_capability
-from zreward.engines import engines_of
 from zreward.errors import BackendError, PluginError, UsageError
 from zreward.lengths import MAX_IMAGES
-from zreward.plugins import find_library
 from zreward.tensorrt_library import FLAVOURS
 
 _log = logging.getLogger(__name__)
@@ -85,6 +83,7 @@ def open_graphs(bundle: Bundle, *, provider: str, threads: int | None) -> OpenGr
     """
     _check(provider, threads)
     if provider in FLAVOURS:
+        from zreward.plugins import find_library
         from zreward.runtime.backends.tensorrt import open_engine
 
         return open_engine(bundle, flavour=provider, plugins=find_library())
@@ -127,6 +126,8 @@ def open_session(path: Path, *, provider: str, threads: int | None, packed: bool
 
 def _fitting_engine(bundle: Bundle) -> tuple[OpenGraphs | None, list[str]]:
     """The engine of `bundle` that runs on this machine, or why there is none."""
+    from zreward.engines import engines_of
+    from zreward.plugins import find_library
     from zreward.runtime.backends.tensorrt import open_engine
 
     flavours = {engine.info.flavour for engine in engines_of(bundle)} & set(FLAVOURS)

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from tests.runtime.tensorrt import failing, running
 from tests.runtime.tensorrt.world import World
 from tests.support.cuda_driver import FakeDriver
-from zreward.runtime import backends
+from zreward import plugins
 from zreward.runtime.backends.tensorrt import graphs
 
 SCENARIOS: tuple[Callable[[World], None], ...] = (
@@ -52,7 +52,7 @@ def main() -> None:
     module = importlib.import_module("tensorrt" if flavour == "tensorrt" else "tensorrt_rtx_bindings")
     alone = [ALONE.__name__]
     driver, outcomes = FakeDriver(without=("cuMemAlloc",) if named == alone else ()), {}
-    defaults = {(m, n): getattr(m, n) for m, n in ((graphs, "MOST_GRAPHS"), (backends, "find_library"))}
+    defaults = {(m, n): getattr(m, n) for m, n in ((graphs, "MOST_GRAPHS"), (plugins, "find_library"))}
     for scenario in (*SCENARIOS, ALONE):
         if scenario.__name__ not in (named or [scenario.__name__ for scenario in SCENARIOS]):
             continue

@@ -19,9 +19,10 @@ from tests.runtime.tensorrt.world import (
 )
 from tests.support.cuda_driver import ILLEGAL_ADDRESS, INVALID_VALUE, NO_DEVICE, OUT_OF_MEMORY
 from tests.support.plugins import recorded_library
+from zreward import plugins
 from zreward.errors import BackendError, BundleError, PluginError
 from zreward.image import preprocess
-from zreward.runtime import Scorer, backends
+from zreward.runtime import Scorer
 
 
 def a_capture_that_fails_turns_graphs_off(world: World) -> None:
@@ -190,7 +191,7 @@ def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     path = world.write_engine(plugins={library.name: sha256})
     opened = []
     for found, engine in ((library, path), (None, plain)):
-        backends.find_library = lambda found=found: found
+        plugins.find_library = lambda found=found: found
         with Scorer.open(world.path, provider=world.flavour) as scorer:
             opened.append("IPluginRegistry.load_library" in world.library.calls)
             assert engine.name in scorer.engine.opened.details
@@ -199,7 +200,7 @@ def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     assert opened == [True, False]
     shutil.rmtree(plain)
     assert "name the library" in world.refused()
-    backends.find_library = lambda: library
+    plugins.find_library = lambda: library
     library.write_bytes(b"other code")
     assert "is not loaded" in world.refused()
     library.write_bytes(machine_code)
