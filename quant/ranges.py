@@ -19,7 +19,6 @@ STATIC_CODES = 127
 """Largest code of a static scale; the grid is symmetric, without a zero point."""
 
 _LOWEST, _OCTAVES, _PER_OCTAVE = -24, 64, 16  # from 2⁻²⁴; less is zero to any scale that is used
-_DEEPEST = 256.0  # the largest magnitude over the smallest one that a scale is made for
 
 
 class MagnitudeHistogram:
@@ -67,7 +66,8 @@ class MagnitudeHistogram:
             return 1.0 / STATIC_CODES
         edges = 2.0 ** (_LOWEST + np.arange(1, len(self._counts) + 1) / _PER_OCTAVE)
         limits = np.minimum(edges, self._largest)
-        candidates = np.unique(limits[limits >= self._largest / _DEEPEST])
+        share = np.cumsum(self._counts) / self._counts.sum()
+        candidates = np.unique(limits[share >= 0.5])  # to cut half of the inputs costs more than any rounding
         magnitudes = np.minimum(edges * 2.0 ** (-0.5 / _PER_OCTAVE), self._largest)
         errors = [_error(magnitudes, self._counts, limit / STATIC_CODES) for limit in candidates]
         return float(candidates[int(np.argmin(errors))]) / STATIC_CODES
