@@ -145,6 +145,7 @@ class FakeDriver:
         self._retained = 0
         self._device: dict[int, np.ndarray[Any, Any]] = {}
         self._pinned: dict[int, np.ndarray[Any, Any]] = {}
+        self._freed: list[np.ndarray[Any, Any]] = []
         self._streams: dict[int, list[Work]] = {}
         self._captures: dict[int, list[Work]] = {}
         self._graphs: dict[int, list[Work]] = {}
@@ -291,7 +292,9 @@ class FakeDriver:
 
     def _cuMemFree(self, address: int) -> None:
         assert not any(self._streams.values()), "memory was freed under work that waits"
-        self._device.pop(address)[:] = _POISON
+        freed = self._device.pop(address)
+        freed[:] = _POISON
+        self._freed.append(freed)  # kept, so that no later allocation has its address
 
     def _cuMemGetInfo(self, free: Any, total: Any) -> None:
         free[0], total[0] = self.memory_bytes - self.used_bytes(), self.memory_bytes
