@@ -204,7 +204,7 @@ def test_a_disk_that_fails_is_a_bundle_error(original: Path, monkeypatch: pytest
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(bundle_module, "_sha256", fail)
+    monkeypatch.setattr(bundle_module, "file_sha256", fail)
     with pytest.raises(BundleError, match="cannot be read"):
         Bundle.open(original)
 
