@@ -52,7 +52,8 @@ def engine(
         ),
     ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="File that keeps what the builder measures, for the next build.")
+        Path | None,
+        typer.Option(help="File that keeps what the builder measures, for the next build; TensorRT only."),
     ] = None,
     optimization_level: Annotated[
         int | None, typer.Option(min=0, max=5, help="0 builds quickly, 5 searches longest.")
@@ -101,7 +102,8 @@ def print_engine(built: BuiltEngine) -> None:
     console.print_fact("built by", f"{info.flavour} {info.tensorrt_version}, in {info.precision}")
     console.print_fact("runs on", f"compute capability {', '.join(info.compute_capabilities)}")
     for name, graph in info.graphs.items():
-        plugins = f", {graph.plugin_layers} plugin layers" if graph.plugin_layers else ""
+        layers = "layer" if graph.plugin_layers == 1 else "layers"
+        plugins = f", {graph.plugin_layers} plugin {layers}" if graph.plugin_layers else ""
         console.print_fact(name, f"{graph.bytes / 1e6:,.1f} MB{plugins}")
         for profile in graph.profiles:
             sizes = ", ".join(f"{axis} {least} to {most}" for axis, (least, _, most) in profile.axes.items())
