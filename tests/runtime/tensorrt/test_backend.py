@@ -19,6 +19,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.runtime.tensorrt import backend_child as child
 from tests.runtime.tensorrt import failing, running
+from tests.support.bundles import accept_changes
 from tests.support.cuda_driver import compile_driver
 from tests.support.tensorrt_api import VERSIONS, bindings_environment, on_linux_x86_64
 from zreward import cuda_device
@@ -108,9 +109,11 @@ def test_no_driver(student: Path, monkeypatch: pytest.MonkeyPatch, provider: str
         Scorer.open(student, provider=provider)
 
 
-def test_a_bundle_of_another_target(tiny_bundle: Path) -> None:
+def test_a_bundle_of_another_target(student: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "bundle"))
+    accept_changes(Bundle.open(copy), target="cpu")
     with pytest.raises(BackendError, match=r"exported for 'cpu', so it has no engines; .*--target tensorrt"):
-        Scorer.open(tiny_bundle, provider="tensorrt")
+        Scorer.open(copy, provider="tensorrt")
 
 
 @pytest.mark.parametrize("missing", ["tensorrt", "cuda-bindings"])
