@@ -35,7 +35,6 @@ WHERE_INTERFACES_DIFFER = [
     running.scores_equal_those_of_the_cpu.__name__,
     running.every_call_of_a_run.__name__,
     running.graphs_are_captured_replayed_and_bounded.__name__,
-    failing.engines_that_do_not_fit.__name__,
     failing.plugins_are_hashed_before_they_are_loaded.__name__,
 ]
 RTX = "tensorrt-rtx"
