@@ -14,6 +14,7 @@ from zreward.bundle import Bundle, write_manifest
 from zreward.errors import BackendError, BundleError
 from zreward.runtime import Scorer
 from zreward.runtime.bench import machine, rates, run_bench, stages, worker
+from zreward.runtime.bench import measure as measuring
 from zreward.runtime.bench.machine import describe_machine, peak_memory_bytes, restart_peak_memory
 from zreward.runtime.bench.measure import measure
 from zreward.runtime.bench.plan import BenchPlan
@@ -91,7 +92,7 @@ def test_prompts_differ_and_have_equally_many_tokens(scorer: Scorer) -> None:
     assert len({i.tobytes() for i in ids}) == 4
 
 
-def test_as_many_samples_as_asked_for_and_for_as_long(scorer: Scorer) -> None:
+def test_as_many_samples_as_asked_for(scorer: Scorer) -> None:
     said: list[tuple[str, int, int]] = []
     found = measure(scorer, QUICK, RATE, lambda *progress: said.append(progress))
     assert [r.configuration.candidates for r in found] == [1, 3]
@@ -102,11 +103,21 @@ def test_as_many_samples_as_asked_for_and_for_as_long(scorer: Scorer) -> None:
         for name, timing in result.stages.items():
             assert (timing.bound_ms is None) == (name == "decode")
             assert timing.share is None or timing.share > 0
-    longer = measure(scorer, BenchPlan((48,), threads=(1,), min_seconds=1.5))[0]
-    stages_ms = [sum(timing.samples_ms) for timing in longer.stages.values()]
-    assert sum(stages_ms) / 1e3 + 0.2 >= 1.5
-    assert longer.repetitions > 10
-    assert longer.stages["vision"].bound_ms is None  # no rate was given
+
+
+def test_repetitions_go_on_until_the_time_is_over(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+
+    def durations(*_: object, **__: object) -> dict[str, float]:
+        clock[0] += 0.25
+        return dict.fromkeys(stages.STAGES, 0.25)
+
+    monkeypatch.setattr(measuring, "durations", durations)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    for min_seconds, repetitions in ((0, 10), (2.5, 10), (2.6, 11), (4, 16)):
+        found = measure(scorer, BenchPlan((48,), threads=(1,), min_seconds=min_seconds))[0]
+        assert found.repetitions == len(found.stages["vision"].samples_ms) == repetitions
+        assert found.stages["vision"].bound_ms is None  # no rate was given
 
 
 def test_the_whole_in_processes_of_their_own(tiny_bundle: Path) -> None:
