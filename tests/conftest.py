@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support import commands
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -28,18 +29,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(sorted(engines)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from torch's second thread, and wait for it on a busy machine."""
+
+    def limit() -> None:
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(1)
+
+    limit()
+    yield
+    limit()
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
-    """Runs `zreward ARGUMENTS` in a process of its own, as users do, on a terminal of 80 columns."""
+    """Runs `zreward ARGUMENTS` in a process of its own, on a terminal of 80 columns."""
 
     def run(
         *arguments: str | Path, cwd: Path | None = None, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
-        command: Sequence[str] = [sys.executable, "-m", "zreward.cli", *map(str, arguments)]
-        environment = {**os.environ, "COLUMNS": "80", "PYTHONUTF8": "1"}
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, timeout=timeout
-        )
+        return commands.run(*arguments, cwd=cwd or ROOT, environment={"COLUMNS": "80"}, timeout=timeout)
 
     return run
 

@@ -303,15 +303,9 @@ def test_every_image_of_the_budget_has_positions(
 
 # --- kills
 
-EXPORT = """
-import sys
-from zreward.export import ExportOptions, export_bundle
-export_bundle(sys.argv[1], sys.argv[2], ExportOptions(parity=False, force=sys.argv[3] == "force"))
-"""
 
-
-def _export(checkpoint: Path, output: Path, *, force: bool) -> list[Any]:
-    return [sys.executable, "-c", EXPORT, checkpoint, output, "force" if force else ""]
+def _export(checkpoint: Path, output: Path, *, force: bool) -> list[str | Path]:
+    return ["export", checkpoint, "-o", output, "--no-parity", *(["--force"] if force else [])]
 
 
 @pytest.mark.slow
@@ -324,7 +318,7 @@ def test_killed_at_any_moment_an_export_leaves_a_good_bundle_or_none(
 
     rng = random.Random(20)
     leftovers = 0
-    for attempt in range(10):
+    for attempt in range(6):
         replace = attempt % 2 == 1
         output = first if replace else tmp_path / f"new-{attempt}" / "bundle"
         run_and_kill(_export(checkpoint_path, output, force=replace), output, rng.uniform(0, 1.1 * seconds))
@@ -332,7 +326,7 @@ def test_killed_at_any_moment_an_export_leaves_a_good_bundle_or_none(
         assert output.exists() or not replace, "the earlier bundle is gone"
         if output.exists():
             verify_bundle(output)
-    assert leftovers >= 3, "it was killed too late to prove anything"
+    assert leftovers >= 2, "it was killed too late to prove anything"
 
     run_and_kill(_export(checkpoint_path, first, force=True), first)
     verify_bundle(first)

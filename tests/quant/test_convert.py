@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -81,8 +79,7 @@ def test_killed_at_any_moment_it_leaves_a_whole_checkpoint_or_none(
     reference_student: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "folder" / "out"
-    command: list[Any] = [sys.executable, "-m", "zreward.cli", "quantize", reference_student]
-    command += ["-o", output, "--method", "rtn", "--force"]
+    command = ["quantize", reference_student, "-o", output, "--method", "rtn", "--force"]
     seconds = run_and_kill(command, output)
     expected = content(output)
     shutil.rmtree(output)

@@ -25,8 +25,10 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def table(checkpoint: Checkpoint) -> Table:
+    """Two of the four layers of the language model, one with each kind of attention, and the merger."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    return resolve(Scheme.parse("int4-g32,model.visual.blocks.*=none"), shapes)
+    others = ("visual.blocks.*", "language_model.layers.0.*", "language_model.layers.1.*")
+    return resolve(Scheme.parse(",".join(["int4-g32", *(f"model.{name}=none" for name in others)])), shapes)
 
 
 def measured(

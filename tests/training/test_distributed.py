@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support import commands
 from tests.support.training import config_text, logged
 from zreward.errors import UsageError
 from zreward.training.config import load_config
 from zreward.training.run import check_inputs
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -31,35 +27,30 @@ def free_port() -> int:
 def train(method: str, config: Path, processes: int) -> None:
     """Run `zreward train` as `torchrun` would, on the CPU with gloo."""
     common = {
-        **os.environ,
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
     }
-    command = [sys.executable, "-m", "zreward.cli", "train", method, "--config", str(config)]
     logs = [config.with_name(f"{config.stem}-{processes}-{rank}.log") for rank in range(processes)]
     running = []
     for rank, log in enumerate(logs):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        with log.open("w") as errors:
-            running.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=common | own, stdout=subprocess.DEVNULL, stderr=errors
-                )
-            )
+        running.append(
+            commands.start("train", method, "--config", config, stderr=log, environment=common | own)
+        )
     deadline = time.monotonic() + 300
     try:
-        while any(process.poll() is None for process in running):
-            said = "\n".join(log.read_text() for log in logs)
-            assert not any(process.returncode for process in running), said
+        while any(process.exitcode is None for process in running):
+            said = "\n".join(log.read_text() for log in logs if log.exists())
+            assert not any(process.exitcode for process in running), said
             assert time.monotonic() < deadline, f"no end after 300 s\n{said}"
             time.sleep(0.1)
     finally:
         for process in running:  # one whose partner failed waits for it
             process.kill()
-            process.wait()
-    assert not any(process.returncode for process in running), "\n".join(log.read_text() for log in logs)
+            process.join()
+    assert not any(process.exitcode for process in running), "\n".join(log.read_text() for log in logs)
 
 
 def test_only_the_first_process_judges_the_output_folder(

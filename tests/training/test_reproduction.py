@@ -57,7 +57,7 @@ class TestExperiments:
 
 
 class TestBase:
-    SMALL, LARGE = (recipe_of(size, SETTINGS) for size in (STUDENT, TEACHER))
+    SMALL, LARGE = (dataclasses.replace(recipe_of(size, SETTINGS), threads=1) for size in (STUDENT, TEACHER))
 
     @pytest.fixture(scope="class")
     def small(self) -> Student:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.support import commands
 from tests.support.training import config_text
 from zreward.errors import CheckpointError, UsageError
 from zreward.training import gdso, sft
 from zreward.training.config import load_config
 from zreward.training.state import latest_state
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, KILLS = 24, 10
 
 
@@ -55,18 +52,11 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(
     sft.train(load_config(write_config(tmp_path, tiny_checkpoint, scenes, "whole")))
     config = write_config(tmp_path, tiny_checkpoint, scenes, "killed")
     rng = random.Random(0)
-    command = [sys.executable, "-m", "zreward.cli", "train", "sft", "--config", str(config)]
     kills = 0
     seen = -1
     while not (tmp_path / "killed" / "model").exists():
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while process.poll() is None and kills < KILLS:
+        process = commands.start("train", "sft", "--config", config)
+        while process.exitcode is None and kills < KILLS:
             state = latest_state(tmp_path / "killed")
             step = int(state.name.removeprefix("step-")) if state else 0
             if step > seen:  # it has come further than when it was killed last
@@ -76,7 +66,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(
                 kills += 1
                 break
             time.sleep(0.005)
-        process.wait()
+        process.join()
     assert kills == KILLS
     for name in ("model.safetensors", "config.json", "contract.json"):
         assert digest(tmp_path / "killed" / "model" / name) == digest(tmp_path / "whole" / "model" / name)
