@@ -29,6 +29,8 @@ _MOVING = (
     "Transpose",
     "Unsqueeze",
 )
+_ALL_NARROW = ("CausalConvWithState", "Split")
+"""Operators all of whose results have the type of the first; of others, later results are float32."""
 _OTHER_TYPE = ("Cast", "QuantizeLinear", "Shape")
 
 
@@ -71,7 +73,7 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
         for index, name in enumerate(node.input):
             node.input[index] = stored.get(name, name)
         if is_narrow:
-            narrow.add(node.output[0])
+            narrow.update(node.output if node.op_type in _ALL_NARROW else node.output[:1])
         if is_narrow and node.op_type not in _MOVING:
             name = node.output[0]
             node.output[0] = f"{name}.exact"

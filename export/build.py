@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import zreward
 from zreward.bundle import (
     GOLDEN_FILE,
+    NARROW_TARGETS,
     Bundle,
     FileEntry,
     GoldenInfo,
@@ -70,8 +71,8 @@ class ExportOptions:
     """How to export.
 
     Attributes:
-        weights: stored type of the weight matrices: "fp32", "fp16" or "bf16"; the target "tensorrt" multiplies
-            them in that type, all others in float32.
+        weights: stored type of the weight matrices: "fp32", "fp16" or "bf16"; the targets "cuda" and "tensorrt"
+            multiply them in that type, all others in float32.
         target: the runtime to lower for.
         label_mass: also output how much of the vocabulary's probability the codes hold.
         parity: compare with transformers; None does so up to 300 million parameters.
@@ -221,7 +222,7 @@ def _draft(
     listed = {p.name: FileEntry(0, "") for p in files} | {GOLDEN_FILE: FileEntry(0, "")}
     tolerance = QUANTIZED_TOLERANCE
     if lowered.quantization is None:
-        narrow = NARROW_TOLERANCES if job.target == "tensorrt" else {}
+        narrow = NARROW_TOLERANCES if job.target in NARROW_TARGETS else {}
         tolerance = narrow.get(job.weights, GOLDEN_TOLERANCE)
     return Manifest(
         target=job.target,

@@ -8,7 +8,7 @@ from typing import Any
 
 from zreward.bundle import EmbeddingInfo, StateInfo, Work
 
-TARGETS = ("cpu", "onnx", "tensorrt")
+TARGETS = ("cpu", "cuda", "onnx", "tensorrt")
 WEIGHT_TYPES = ("fp32", "fp16", "bf16")
 
 

@@ -143,9 +143,14 @@ def block_scales(weight: QuantizedWeight) -> NDArray[Any]:
     return stored_scales(weight).repeat(_repeats(weight), axis=1)
 
 
-def block_zeros(weight: QuantizedWeight) -> NDArray[np.uint8]:
-    """Zero points for MatMulNBits."""
-    zeros = weight.zeros.repeat(_repeats(weight), axis=1)
+def block_float_scales(weight: QuantizedWeight) -> NDArray[np.float32]:
+    """The same in float32, to be stored in whatever type the product has."""
+    return weight.scales.repeat(_repeats(weight), axis=1)
+
+
+def block_zeros(weight: QuantizedWeight, times: int = 1) -> NDArray[np.uint8]:
+    """Zero points for MatMulNBits, each `times` times where a group is stored as so many blocks."""
+    zeros = weight.zeros.repeat(times * _repeats(weight), axis=1)
     return nibbles(zeros) if weight.format.bits == 4 else zeros
 
 
@@ -192,6 +197,22 @@ def stored_scales(weight: QuantizedWeight) -> NDArray[Any]:
     if not np.array_equal(scales.astype(np.float32), weight.scales):
         raise ExportError("its scales are not float16 values; quantize the checkpoint again")
     return scales
+
+
+def fitting_scales(scales: NDArray[np.float32], dtype: ir.DataType) -> NDArray[Any]:
+    """Scales in the type of the product.
+
+    Raises:
+        ExportError: one becomes zero or infinite there.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        stored = scales.astype(_NUMPY_DTYPES[dtype])
+    narrowed = stored.astype(np.float32)
+    if not np.isfinite(narrowed).all() or ((narrowed == 0) & (scales != 0)).any():
+        raise ExportError(
+            f"its scales do not fit {dtype.name.lower()}; compute in a wider type (--weights bf16 or fp32)"
+        )
+    return stored
 
 
 def codebook_codes(weight: CodebookWeight) -> NDArray[np.uint8]:

@@ -168,6 +168,11 @@ def _on_target(
                 f"{layer}: TensorRT cannot multiply {written}; it takes int4 in groups, int8-weight with a scale "
                 "per output (-g0), and no zero points"
             )
+        if target == "cuda" and chosen.rounds_inputs:
+            raise QuantizationError(
+                f"{layer}: ONNX Runtime's CUDA provider has no product that rounds its inputs to 8 bits, as {written} "
+                "wants; keep the inputs with int8-weight, or export with --target tensorrt"
+            )
         if chosen.activations == "int8-static" and not is_tensorrt:
             raise QuantizationError(
                 f"{layer}: {written} is for --target tensorrt; this target finds the scales of inputs itself, "

@@ -24,6 +24,7 @@ from zreward.export.passes import quantized_linear as linear
 from zreward.export.passes import quantized_mlp as mlp
 from zreward.export.passes.causal_conv import CAUSAL_CONV_1D
 from zreward.export.passes.delta_rule import GATED_DELTA_RULE
+from zreward.export.passes.packed_delta_net import GATED_DELTA_NET
 from zreward.export.passes.plain_attention import PRODUCTS_PER_PAIR
 
 _STATE_PRODUCTS = 3  # of every element of a DeltaNet state for a token: with the key, the value and the query
@@ -34,6 +35,7 @@ _COMPUTES_MORE = ("Conv", "ConvTranspose", "Einsum", "If", "Loop", "MatMulIntege
 _FREE = (
     "AddLayerNorm",
     "AddRmsNorm",
+    "GatedRMSNorm",
     "InterpolatePositions",
     "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization",
@@ -174,6 +176,10 @@ def _gated_delta_net(node: ir.Node, count: _Count) -> None:
     count.recurrent += math.prod(_matrix(node, 4)) + _state_products(input_of(node, 9))
 
 
+def _packed_delta_net(node: ir.Node, count: _Count) -> None:
+    count.recurrent += _state_products(input_of(node, 6))
+
+
 def _linear_attention(node: ir.Node, count: _Count) -> None:
     count.recurrent += _state_products(input_of(node, 3))
 
@@ -193,6 +199,7 @@ _COUNTED: Mapping[tuple[str, str], Callable[[ir.Node, _Count], None]] = {
     (_MICROSOFT, "MatMulNBits"): _block_product,
     (_MICROSOFT, "MatMulBnb4"): _block_product,
     (_MICROSOFT, "LinearAttention"): _linear_attention,
+    (_MICROSOFT, GATED_DELTA_NET): _packed_delta_net,
     (_MICROSOFT, "CausalConvWithState"): _convolution,
     (DOMAIN, linear.INT8_LINEAR): _int8_linear,
     (DOMAIN, linear.GELU_INT8_LINEAR): _int8_linear,

@@ -37,6 +37,8 @@ GOLDEN_FILE = "golden.json"
 EMBEDDING_DTYPES = ("float32", "float16", "bfloat16")
 STATE_DTYPES = ("float32", "float16")
 STATE_AXES = ("batch", "state_batch", "past")
+NARROW_TARGETS = ("cuda", "tensorrt")
+"""Targets whose graphs compute in the type that weights are stored in; those of the others compute in float32."""
 
 _HASH_ON_OPEN_BYTES = 32 * 1024 * 1024  # includes the tokenizer of a vocabulary of 250,000
 # Nothing absolute, no "..", no hidden file, no character that a file system or runtime gives a meaning.

@@ -47,7 +47,7 @@ def fuse_causal_convolutions(model: ir.Model) -> int:
             raise ExportError("causal convolution: its channels are not swapped with the tokens")
         if node.attributes["activation"].as_string() != "silu":
             raise ExportError("causal convolution: its activation is not SiLU")
-        _check_no_bias(input_of(node, 2))
+        check_no_bias(input_of(node, 2))
         kernel, state = input_of(node, 1), input_of(node, 3)
         if not isinstance(kernel.const_value, CheckpointTensor):
             raise ExportError("causal convolution: its kernel is not a weight of the checkpoint")
@@ -72,7 +72,8 @@ def fuse_causal_convolutions(model: ir.Model) -> int:
     return len(nodes)
 
 
-def _check_no_bias(bias: ir.Value) -> None:
+def check_no_bias(bias: ir.Value) -> None:
+    """Refuse a bias that is not zero, which mobius gives every convolution."""
     values = bias.const_value
     if values is None or isinstance(values, CheckpointTensor) or values.numpy().any():
         raise ExportError("causal convolution: it has a bias, which Qwen3.5's does not")

@@ -33,7 +33,7 @@ from zreward.export.irtools import (
     take_over,
     width_of,
 )
-from zreward.export.passes.delta_norm import EPSILON
+from zreward.export.passes.delta_norm import EPSILON, normalized_heads
 from zreward.export.passes.state_rows import KEEP_STATES, keep_states_input, repeated_to, share_states
 
 GATED_DELTA_NET = "GatedDeltaNet"
@@ -65,7 +65,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One layer as it was found: inputs in the order of the function, and what the function replaces."""
 
     inputs: list[ir.Value]
@@ -84,7 +84,7 @@ def fuse_delta_nets(model: ir.Model) -> int:
         ExportError: a LinearAttention stands in other surroundings than mobius gives it.
     """
     graph, heads = model.graph, set()
-    layers = [_match(node) for node in graph if node.op_type == "LinearAttention"]
+    layers = [match_layer(node) for node in graph if node.op_type == "LinearAttention"]
     if not layers:
         return 0
     keep = keep_states_input(graph)
@@ -114,7 +114,7 @@ def fuse_delta_nets(model: ir.Model) -> int:
     return len(layers)
 
 
-def _match(attention: ir.Node) -> _Layer:
+def match_layer(attention: ir.Node) -> Layer:
     """The layer around a LinearAttention."""
     query, key, value, state, decay, beta = (input_of(attention, index) for index in range(6))
     split = producer_of(value, "Split")
@@ -151,7 +151,7 @@ def _match(attention: ir.Node) -> _Layer:
         state,
     ]
     scale, epsilon = attention.attributes["scale"].as_float(), norm.attributes["epsilon"].as_float()
-    return _Layer(inputs, last, convolution.outputs[1], attention.outputs[1], heads, scale, epsilon)
+    return Layer(inputs, last, convolution.outputs[1], attention.outputs[1], heads, scale, epsilon)
 
 
 def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
@@ -166,13 +166,7 @@ def gated_delta_net(opset: int, heads: Heads) -> ir.Function:
         return made
 
     def normalized(x: ir.Value) -> ir.Value:
-        parted = builder.op("Reshape", [x, integers(builder, 0, 0, heads.keys, heads.key_dim)])
-        square = builder.op("ReduceSumSquare", [parted, integers(builder, -1)], attributes={"keepdims": 1})
-        length = builder.op("Sqrt", [builder.op("Add", [square, attribute("key_epsilon")])])
-        made: ir.Value = builder.op(
-            "Reshape", [builder.op("Div", [parted, length]), integers(builder, 0, 0, key_width)]
-        )
-        return made
+        return normalized_heads(builder, x, heads.keys, heads.key_dim, attribute("key_epsilon"))
 
     conv_states, states = repeated_to(builder, conv_state, qkv, 3), repeated_to(builder, state, qkv, 4)
     key_width, value_width = heads.keys * heads.key_dim, heads.values * heads.value_dim

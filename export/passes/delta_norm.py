@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from zreward.errors import ExportError
-from zreward.export.irtools import add_initializer, input_of
+from zreward.export.irtools import add_initializer, input_of, integers
 
 EPSILON = 1e-6  # transformers.models.qwen3_5.modeling_qwen3_5.l2norm
 
@@ -32,6 +32,16 @@ def add_delta_norm_epsilon(model: ir.Model) -> int:
         model.graph.insert_before(root, builder.nodes)
         root.replace_input_with(0, total)
     return len(roots)
+
+
+def normalized_heads(builder: tape.Tape, x: ir.Value, heads: int, width: int, epsilon: ir.Value) -> ir.Value:
+    """x · rsqrt(Σx² + epsilon) of each head of x [B, S, heads · width]."""
+    parted = builder.op("Reshape", [x, integers(builder, 0, 0, heads, width)])
+    square = builder.op("ReduceSumSquare", [parted, integers(builder, -1)], attributes={"keepdims": 1})
+    length = builder.op("Sqrt", [builder.op("Add", [square, epsilon])])
+    row = builder.op("Div", [parted, length])
+    joined: ir.Value = builder.op("Reshape", [row, integers(builder, 0, 0, heads * width)])
+    return joined
 
 
 def _is_sum_of_squares(value: ir.Value) -> bool:

@@ -28,8 +28,13 @@ _ROTARY_TABLES = (".rotary_pos_emb.cos_table", ".rotary_pos_emb.sin_table")
 _REARRANGING = ("Pad", "Reshape", "Tile", "Transpose", "Unsqueeze")
 
 
-def take_patch_positions(model: ir.Model) -> int:
+def take_patch_positions(model: ir.Model, *, without_reduction: bool = False) -> int:
     """Replace the input `image_grid_thw` by `patch_positions`, after `interpolate_positions`.
+
+    Args:
+        without_reduction: take the last row and column from the last patch, which lies there in the order of
+            `pixel_values`, in place of a maximum over all patches. ONNX Runtime's CUDA provider asks for cuDNN to find
+            a maximum.
 
     Returns:
         How many look-ups read the new input.
@@ -52,7 +57,8 @@ def take_patch_positions(model: ir.Model) -> int:
         builder.op("Gather", [positions, _scalar(builder, index)], attributes={"axis": 1}) for index in (0, 1)
     ]
     graph.insert_before(graph[0], builder.nodes)
-    changes = _look_up_rotations(graph, places) + _interpolate(graph, places, pixels.shape[0])
+    changes = _look_up_rotations(graph, places)
+    changes += _interpolate(graph, places, pixels.shape[0], without_reduction)
     model.functions.pop(("zreward", INTERPOLATE_POSITIONS, ""), None)
     remove_unread(graph)
     for value in list(graph.inputs):
@@ -85,14 +91,16 @@ def _look_up_rotations(graph: ir.Graph, places: list[ir.Value]) -> int:
     return changes
 
 
-def _interpolate(graph: ir.Graph, places: list[ir.Value], patches: int | ir.SymbolicDim) -> int:
+def _interpolate(
+    graph: ir.Graph, places: list[ir.Value], patches: int | ir.SymbolicDim, without_reduction: bool
+) -> int:
     """The learned positions, in the order of the patches; a tower without them keeps none."""
     nodes = [node for node in graph if node.op_type == INTERPOLATE_POSITIONS]
     for node in nodes:
         table, side = input_of(node, 0), node.attributes["side"].as_int()
         last = _rearranged(node.outputs[0])
         builder = tape.Tape()
-        found = _four_neighbours(builder, table, side, places)
+        found = _four_neighbours(builder, table, side, places, without_reduction)
         found.type = ir.TensorType(ir.DataType.FLOAT)
         found.shape = ir.Shape([patches, width_of(table)])
         graph.insert_before(node, builder.nodes)
@@ -111,9 +119,11 @@ def _rearranged(value: ir.Value) -> ir.Value:
         value = uses[0].node.outputs[0]
 
 
-def _four_neighbours(builder: tape.Tape, table: ir.Value, side: int, places: list[ir.Value]) -> ir.Value:
+def _four_neighbours(
+    builder: tape.Tape, table: ir.Value, side: int, places: list[ir.Value], without_reduction: bool
+) -> ir.Value:
     """Σ over the two neighbours on both axes of weight · table row, [patches, D]."""
-    neighbours = [_neighbours(builder, place, side) for place in places]
+    neighbours = [_neighbours(builder, place, side, without_reduction) for place in places]
     total: ir.Value | None = None
     for row, row_weight in neighbours[0]:
         first = builder.op("Mul", [row, _scalar(builder, side)])
@@ -126,7 +136,9 @@ def _four_neighbours(builder: tape.Tape, table: ir.Value, side: int, places: lis
     return total
 
 
-def _neighbours(builder: tape.Tape, place: ir.Value, side: int) -> list[tuple[ir.Value, ir.Value]]:
+def _neighbours(
+    builder: tape.Tape, place: ir.Value, side: int, without_reduction: bool
+) -> list[tuple[ir.Value, ir.Value]]:
     """Indices int64 [patches] on one axis of the grid, and weights float32 [patches]."""
 
     def constant(value: float) -> ir.Value:
@@ -134,7 +146,11 @@ def _neighbours(builder: tape.Tape, place: ir.Value, side: int) -> list[tuple[ir
         return made
 
     index = builder.op("Cast", [place], attributes={"to": ir.DataType.FLOAT})
-    last = builder.op("Max", [builder.op("ReduceMax", [index], attributes={"keepdims": 0}), constant(1.0)])
+    if without_reduction:
+        largest = builder.op("Gather", [index, _scalar(builder, -1)])
+    else:
+        largest = builder.op("ReduceMax", [index], attributes={"keepdims": 0})
+    last = builder.op("Max", [largest, constant(1.0)])
     where = builder.op("Div", [builder.op("Mul", [index, constant(side - 1.0)]), last])
     low = builder.op("Floor", [where])
     high = builder.op("Min", [builder.op("Add", [low, constant(1.0)]), constant(side - 1.0)])

@@ -23,7 +23,7 @@ from onnx_ir import tape
 
 from zreward.errors import ExportError
 from zreward.export.irtools import input_of, integers, remove_unread, take_over, width_of
-from zreward.export.passes.state_rows import repeated_to, share_states
+from zreward.export.passes.state_rows import Repeat, repeated_to, share_states
 
 PRODUCTS_PER_PAIR = "zreward.products_per_pair"
 """Metadata of a product of two activations: its multiply-adds for one token that looks at one token."""
@@ -54,8 +54,12 @@ def unfuse_vision_attention(model: ir.Model, dtype: ir.DataType) -> int:
     return len(nodes)
 
 
-def unfuse_causal_attention(model: ir.Model, dtype: ir.DataType) -> int:
-    """Replace the decoder's attention and drop its input `attention_mask`; arguments as above.
+def unfuse_causal_attention(model: ir.Model, dtype: ir.DataType, repeat: Repeat = repeated_to) -> int:
+    """Replace the decoder's attention and drop its input `attention_mask`.
+
+    Args:
+        dtype: that the products are computed in.
+        repeat: how states that are fewer than rows are repeated.
 
     Raises:
         ExportError: an Attention is not causal with a past, or `attention_mask` is read by something else.
@@ -75,7 +79,8 @@ def unfuse_causal_attention(model: ir.Model, dtype: ir.DataType) -> int:
             mask = tape.Tape()
             masks[builder.group] = _causal_mask(mask, input_of(node, 0), past[0], builder.group, dtype)
             graph.insert_before(nodes[0], mask.nodes)
-        key, value = (builder.continued(past[i], input_of(node, i + 1), input_of(node, 0)) for i in (0, 1))
+        rows = input_of(node, 0)
+        key, value = (builder.continued(past[i], input_of(node, i + 1), rows, repeat) for i in (0, 1))
         result = builder.attend(input_of(node, 0), key, value, mask=masks[builder.group])
         take_over(graph, node.outputs, [result, builder.as_float(key), builder.as_float(value)])
         graph.insert_after(node, builder.tape.nodes)
@@ -112,15 +117,16 @@ class _Attention:
         return x if self.dtype is ir.DataType.FLOAT else self._op("Cast", [x], to=self.dtype)
 
     def as_float(self, x: ir.Value) -> ir.Value:
+        x.type = ir.TensorType(self.dtype)
         return x if self.dtype is ir.DataType.FLOAT else self._op("Cast", [x], to=ir.DataType.FLOAT)
 
     def heads_first(self, x: ir.Value) -> ir.Value:
         """[B, T, H·D] as [B, H, T, D]."""
         return self._op("Transpose", [self._reshape(x, 0, 0, self.heads, -1)], perm=[0, 2, 1, 3])
 
-    def continued(self, past: ir.Value, new: ir.Value, rows: ir.Value) -> ir.Value:
+    def continued(self, past: ir.Value, new: ir.Value, rows: ir.Value, repeat: Repeat) -> ir.Value:
         """The past [n, H, P, D] of as many rows as `rows` has, with `new` [B, S, H·D] behind it: [B, H, P + S, D]."""
-        before = repeated_to(self.tape, self.cast(past), rows, 4)
+        before = repeat(self.tape, self.cast(past), rows, 4)
         return self._op("Concat", [before, self.heads_first(self.cast(new))], axis=2)
 
     def attend(self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None) -> ir.Value:

@@ -8,11 +8,16 @@ must not be asked for then.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 from onnx_ir import tape
 
 from zreward.errors import ExportError
 from zreward.export.irtools import integers
+
+Repeat = Callable[[tape.Tape, ir.Value, ir.Value, int], ir.Value]
+"""How a state is repeated: arguments and result as of `repeated_to`."""
 
 STATE_BATCH = "state_batch"
 """Name of the first axis of a state input that may be shorter than the batch."""
@@ -52,3 +57,32 @@ def repeated_to(builder: tape.Tape, state: ir.Value, rows: ir.Value, rank: int) 
     # A past of no tokens has a size of zero, which Reshape would otherwise read as "as before".
     result: ir.Value = builder.op("Reshape", [wide, final], attributes={"allowzero": 1})
     return result
+
+
+class RowLookups:
+    """Repeats states by one Gather each: which state serves which row is computed once for a graph.
+
+    In ONNX Runtime's CUDA provider every small operator costs a launch, or a step on the CPU that the GPU waits for.
+
+    Args:
+        graph: gets the nodes that number the rows, in front of all others.
+        rows: a graph input whose first axis has the rows.
+        state: a graph input whose first axis has the states.
+    """
+
+    def __init__(self, graph: ir.Graph, rows: ir.Value, state: ir.Value) -> None:
+        builder = tape.Tape()
+        zero, one = (builder.op("Constant", [], attributes={"value_int": number}) for number in (0, 1))
+        batch = builder.op("Squeeze", [builder.op("Shape", [rows], attributes={"end": 1})])
+        states = builder.op("Shape", [state], attributes={"end": 1})
+        numbers = builder.op("Range", [zero, batch, one])
+        self._index = builder.op("Div", [builder.op("Mul", [numbers, states]), batch])
+        graph.insert_before(graph[0], builder.nodes)
+
+    def __call__(self, builder: tape.Tape, state: ir.Value, rows: ir.Value, rank: int) -> ir.Value:
+        """See `repeated_to`; `rows` and `rank` are known here."""
+        result: ir.Value = builder.op("Gather", [state, self._index], attributes={"axis": 0})
+        result.type = state.type
+        if state.shape is not None:
+            result.shape = ir.Shape(["batch", *list(state.shape)[1:]])
+        return result

@@ -10,8 +10,13 @@ from numpy.typing import NDArray
 
 from zreward.errors import BackendError
 from zreward.runtime.kernels import DISABLE, compiled_library
+from zreward.stand_ins import needs_stand_ins, with_stand_ins
 
-_ERRORS_ONLY = 3  # onnxruntime's severity scale: 2 warns about every initializer that it folds
+ERRORS_ONLY = 3
+"""Of onnxruntime's severity scale: 2 warns about every initializer that it folds."""
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where the weights of a graph lie that is not read from a file of the bundle as it is."""
 
 _WHOLE_NUMBER_PRODUCT = b"MatMulIntegerToFloat"
 
@@ -27,7 +32,7 @@ class OrtSession:
                 "onnxruntime is not installed; install it with `pip install 'zreward[cpu]'`"
             ) from None
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = ERRORS_ONLY
         options.inter_op_num_threads = 1
         # Threads that wait for more work would hold cores while another graph, or the caller, runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -35,7 +40,12 @@ class OrtSession:
             options.intra_op_num_threads = int(threads)
         # Weights that a graph dequantizes are multiplied as floats; by default their inputs would be rounded too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in path.read_bytes():
+        graph: str | bytes = str(path)
+        data = path.read_bytes()
+        if needs_stand_ins(data):
+            graph = with_stand_ins(data)
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
+        if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in data:
             options.add_session_config_entry("session.x64quantprecision", "1")
         kernels = compiled_library()
         if not packed:  # the kernels pack their weights too
@@ -44,7 +54,7 @@ class OrtSession:
             _register(options, kernels)
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), sess_options=options, providers=["CPUExecutionProvider"]
+                graph, sess_options=options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises one class per status code, all bare Exceptions
             raise BackendError(

@@ -189,6 +189,14 @@ def test_mistakes_are_known_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_gpu_cannot_round_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for scheme in ("int8", "int4,*.down_proj=int8", "int8-static"):
+        options = QuantizationOptions(scheme, method="rtn", allow_drift=True)
+        with pytest.raises(QuantizationError, match=r"no product that rounds its inputs.*int8-weight"):
+            export(tiny_checkpoint, tmp_path / "bundle", options, target="cuda")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

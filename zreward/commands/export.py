@@ -22,7 +22,7 @@ CheckpointArgument = Annotated[
 
 
 class Weights(StrEnum):
-    """How floating-point weights are stored; TensorRT computes their products in that type, a CPU in fp32."""
+    """How floating-point weights are stored; a GPU computes their products in that type, a CPU in fp32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -36,6 +36,7 @@ class Method(StrEnum):
 
 class Target(StrEnum):
     CPU = "cpu"
+    CUDA = "cuda"
     ONNX = "onnx"
     TENSORRT = "tensorrt"
 

@@ -21,16 +21,19 @@ def told(inputs: Arrays) -> Arrays:
     return {"pixel_values": pixels, "patch_positions": Patches(pixels, tuple(grid), 2).positions}
 
 
+@pytest.mark.parametrize("without_reduction", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_features_equal_those_of_the_grid(graphs: Graphs, grid: tuple[int, int]) -> None:
+def test_features_equal_those_of_the_grid(
+    graphs: Graphs, grid: tuple[int, int], without_reduction: bool
+) -> None:
     specialize_single_image(graphs.vision)
     inputs = inputs_of(graphs.vision, *grid)
     expected = run_onnxruntime(graphs.vision, inputs)["image_features"]
     assert np.abs(expected).max() > 0.1
     interpolate_positions(graphs.vision)
-    assert (
-        take_patch_positions(graphs.vision) == 5
-    )  # two tables by rows and columns, and the learned positions
+    # two tables by rows and columns, and the learned positions
+    assert take_patch_positions(graphs.vision, without_reduction=without_reduction) == 5
+    assert ("ReduceMax" in op_types(graphs.vision)) != without_reduction
     found = run_onnxruntime(graphs.vision, told(inputs))["image_features"]
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
     reference = run_reference(graphs.vision, told(inputs))["image_features"]
