@@ -10,9 +10,10 @@ WORKERS ?= 2
 # setuptools puts export/, runtime/ and so on into the package zreward; for mypy, links do.
 LINKS := build/types
 
-# Tests hold the builder of engines against these versions of TensorRT's Python bindings, without its libraries.
+# Tests hold the builder of engines against these versions of TensorRT's Python bindings, without its libraries, and the
+# graphs for GPUs against this ONNX Runtime, without CUDA's.
 ifeq ($(shell uname -sm),Linux x86_64)
-BINDINGS := $(VENV)/tensorrt-10.16.1.11 $(VENV)/tensorrt-11.4.0.106
+BINDINGS := $(VENV)/tensorrt-10.16.1.11 $(VENV)/tensorrt-11.4.0.106 $(VENV)/onnxruntime-gpu-1.31.1
 endif
 
 # Tests run in parallel processes: one thread each keeps them from fighting over the cores.
@@ -39,9 +40,14 @@ format: $(STAMP)
 
 bindings: $(BINDINGS)
 
-$(BINDINGS): $(VENV)/tensorrt-%: | $(STAMP)
+$(VENV)/tensorrt-%: | $(STAMP)
 	@rm -rf $@.partial
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@.partial tensorrt_cu13_bindings==$*
+	@mv $@.partial $@
+
+$(VENV)/onnxruntime-gpu-%: | $(STAMP)
+	@rm -rf $@.partial
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@.partial onnxruntime-gpu==$*
 	@mv $@.partial $@
 
 clean:

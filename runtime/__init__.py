@@ -9,7 +9,8 @@ scores[0]["realism"].mean, scores[0].overall
 
 from __future__ import annotations
 
+from zreward.runtime.backends.options import GpuOptions
 from zreward.runtime.score import Score
 from zreward.runtime.scorer import Scorer
 
-__all__ = ["Score", "Scorer"]
+__all__ = ["GpuOptions", "Score", "Scorer"]

@@ -25,6 +25,7 @@ from zreward.image import Patches
 from zreward.lengths import MAX_IMAGES
 from zreward.prompt import Ids, PromptEncoder, image_positions, load_tokenizer, text_positions
 from zreward.runtime.backends import OpenGraphs, Session, Tensor, open_graphs
+from zreward.runtime.backends.options import GpuOptions
 
 MAX_STATE_BYTES = 512 * 1024 * 1024  # of a batch's states: the same bound for large models
 
@@ -66,7 +67,8 @@ class Engine:
         bundle: the bundle to run.
         provider: see `open_graphs`.
         threads: see `open_graphs`.
-        open_graph: opens the graph at a path, in place of `open_graphs` with provider and threads.
+        gpu: see `open_graphs`.
+        open_graph: opens the graph at a path, in place of `open_graphs` with all of these.
 
     Attributes:
         opened: the graphs, and what runs them.
@@ -78,6 +80,7 @@ class Engine:
         *,
         provider: str = "auto",
         threads: int | None = None,
+        gpu: GpuOptions | None = None,
         open_graph: Callable[[Path], Session] | None = None,
     ) -> None:
         self.bundle = bundle
@@ -91,7 +94,7 @@ class Engine:
         self._system: DecoderState | None = None
         self._system_lock = threading.Lock()
         self.opened = (
-            open_graphs(bundle, provider=provider, threads=threads)
+            open_graphs(bundle, provider=provider, threads=threads, gpu=gpu)
             if open_graph is None
             else _opened_by(open_graph, bundle)
         )

@@ -24,6 +24,7 @@ from zreward.distribution import DistributionError, ScoreDistribution
 from zreward.errors import BackendError, UsageError, ZrewardError
 from zreward.image import ImageInput, Patches, preprocess
 from zreward.lengths import MAX_IMAGES
+from zreward.runtime.backends.options import GpuOptions
 from zreward.runtime.engine import DecoderState, Engine
 from zreward.runtime.score import Score
 
@@ -48,22 +49,30 @@ class Scorer:
         self._preprocessors = ThreadPoolExecutor(_PREPROCESSORS, thread_name_prefix="zreward-preprocess")
 
     @staticmethod
-    def open(bundle: str | Path, *, provider: str = "auto", threads: int | None = None) -> Scorer:
+    def open(
+        bundle: str | Path,
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        gpu: GpuOptions | None = None,
+    ) -> Scorer:
         """Open the bundle directory `bundle`.
 
         Args:
             bundle: directory written by `zreward export`.
             provider: "cpu"; "tensorrt" or "tensorrt-rtx" for an engine that `zreward engine` built into the bundle;
-                "auto" for such an engine where one runs on this machine, else the CPU.
+                "cuda" or "ort-tensorrt" for ONNX Runtime on a GPU; "auto" for what the bundle was exported for where
+                that runs on this machine, an engine or "cuda", else the CPU.
             threads: of the CPU, per run; None means one per physical core.
+            gpu: which GPU, and how it is used, where one is.
 
         Raises:
             BundleError: the bundle or an engine is incomplete, altered, or of another version.
-            BackendError: what the provider needs is missing, or it refuses the graphs.
-            PluginError: the engine's library of plugins was altered, or does not fit.
-            UsageError: an unknown provider, or a thread count below one.
+            BackendError: what the provider needs is missing, it refuses the graphs, or the bundle is for another one.
+            PluginError: a library of plugins is missing or was altered, or does not fit.
+            UsageError: an unknown provider, a thread count below one, or an option that the provider does not take.
         """
-        return Scorer(Engine(Bundle.open(bundle), provider=provider, threads=threads))
+        return Scorer(Engine(Bundle.open(bundle), provider=provider, threads=threads, gpu=gpu))
 
     @property
     def engine(self) -> Engine:

@@ -10,6 +10,7 @@ import numpy as np
 from zreward.bundle import Bundle, check_files
 from zreward.engines import engines_of
 from zreward.errors import BundleError
+from zreward.runtime.backends.options import GpuOptions
 from zreward.runtime.engine import Engine
 from zreward.runtime.scorer import Scorer
 
@@ -35,8 +36,10 @@ class VerifyReport:
     backend: str
 
 
-def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | None = None) -> VerifyReport:
-    """Hash the files of the bundle at `path` and replay its golden inputs.
+def verify_bundle(
+    path: str | Path, *, provider: str = "auto", threads: int | None = None, gpu: GpuOptions | None = None
+) -> VerifyReport:
+    """Hash the files of the bundle at `path` and replay its golden inputs; arguments as of `Scorer.open`.
 
     Raises:
         BundleError: a file or an engine is missing or altered, or a golden score differs by more than the tolerance.
@@ -50,7 +53,7 @@ def verify_bundle(path: str | Path, *, provider: str = "auto", threads: int | No
         engine.check_files()
     items = bundle.golden_items()
     largest = 0.0
-    with Scorer(Engine(bundle, provider=provider, threads=threads)) as scorer:
+    with Scorer(Engine(bundle, provider=provider, threads=threads, gpu=gpu)) as scorer:
         opened = scorer.engine.opened
         for item in items:
             score = scorer.score(prompt=item.prompt, images=[bundle.path / item.image])[0]

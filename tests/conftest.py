@@ -55,6 +55,15 @@ def cli() -> Cli:
 
 
 @pytest.fixture(scope="session")
+def cuda_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Libraries of CUDA over the host's memory, see tests/support/cuda_stubs.py."""
+    from tests.support.cuda_stubs import compile_cuda
+    from tests.support.plugins import built_once
+
+    return built_once(tmp_path_factory, "cuda-stubs", compile_cuda)
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3.5 of the smallest test shape, with tokenizer and the default contract's questions."""
     from tests.support.models import write_checkpoint

@@ -89,6 +89,7 @@ def test_every_command_explains_itself(cli: Cli, command: str) -> None:
         (["bench", "nowhere", "--candidates", "0"], 2, "candidates must be at least 1"),
         (["bench", "nowhere", "--threads", "0"], 2, "threads must be at least 1"),
         (["bench", "nowhere", "--provider", "quantum"], 2, "unknown provider 'quantum'"),
+        (["bench", "nowhere", "--gpu", "device=one"], 2, "expected the number of a GPU"),
         (["bench", "nowhere", "--repetitions", "0"], 2, "use 10 or more"),
         (["bench", "nowhere", "--min-seconds", "nan"], 2, "min-seconds must be between"),
         (["bench", "nowhere", "--json", "none/a.json"], 2, "no such folder for --json"),
@@ -172,9 +173,18 @@ def test_inspect_and_verify(cli: Cli, tiny_bundle: Path) -> None:
         (
             ["score", "BUNDLE", "--prompt", "p", "IMAGE", "--provider", "tensorrt"],
             1,
-            "exported for 'cpu', so it has",
+            "exported for cpu, which the provider tensorrt cannot run",
         ),
-        (["eval", "BUNDLE/contract.json", "SCENES", "--provider", "cpu"], 2, "--provider is for bundles"),
+        (
+            ["eval", "BUNDLE/contract.json", "SCENES", "--gpu", "device=1"],
+            2,
+            "--provider and --gpu are for bundles",
+        ),
+        (
+            ["verify", "BUNDLE", "--provider", "cuda", "--gpu", "plugins=a.so"],
+            2,
+            "GPU option 'plugins': the provider cuda takes only device, memory",
+        ),
     ],
 )
 def test_a_provider_that_cannot_compute_this(

@@ -17,12 +17,7 @@ def compute_capability(device: int = 0) -> str:
     Raises:
         BackendError: there is no driver, or no such GPU.
     """
-    try:
-        driver = ctypes.CDLL(_LIBRARY)
-    except OSError as error:
-        raise BackendError(
-            f"no CUDA driver on this machine ({error}); install NVIDIA's driver, or run where there is a GPU"
-        ) from None
+    driver = _driver()
     _call(driver, "cuInit", 0)
     handle = ctypes.c_int()
     _call(driver, "cuDeviceGet", ctypes.byref(handle), device)
@@ -32,6 +27,26 @@ def compute_capability(device: int = 0) -> str:
         _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
         numbers.append(value.value)
     return f"{numbers[0]}.{numbers[1]}"
+
+
+def driver_cuda_version() -> tuple[int, int]:
+    """The latest version of CUDA that the driver supports, for example (13, 0).
+
+    Raises:
+        BackendError: there is no driver.
+    """
+    version = ctypes.c_int()
+    _call(_driver(), "cuDriverGetVersion", ctypes.byref(version))
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(_LIBRARY)
+    except OSError as error:
+        raise BackendError(
+            f"no CUDA driver on this machine ({error}); install NVIDIA's driver, or run where there is a GPU"
+        ) from None
 
 
 def _call(driver: ctypes.CDLL, name: str, *arguments: object) -> None:

@@ -225,9 +225,9 @@ class BuiltEngine:
             if library is None or not library.is_file():
                 where = f"; {library} does not exist" if library else ""
                 raise BackendError(
-                    f"{self.path}: the engine was built with the plugins of {name}{where}; name the library in "
-                    f"{LOCATION}, build it with `zreward plugins build`, or build an engine without plugins with "
-                    "`zreward engine BUNDLE --no-plugins`"
+                    f"{self.path}: the engine was built with the plugins of {name}{where}; name the library, in "
+                    f"{LOCATION} or with --gpu plugins=FILE, build it with `zreward plugins build`, or build an engine "
+                    "without plugins with `zreward engine BUNDLE --no-plugins`"
                 )
             if file_sha256(library) != expected:
                 raise BackendError(

@@ -86,7 +86,8 @@ class PluginLibrary:
         if sha256 is not None and sha256 != found:
             raise PluginError(
                 f"{path}: the engine was built with another plugin library (sha256 {sha256[:16]}…, found "
-                f"{found[:16]}…); build the engine again, or name the library that it was built with in {LOCATION}"
+                f"{found[:16]}…); build the engine again, or name the library that it was built with, in {LOCATION} or "
+                "with --gpu plugins=FILE"
             )
         return cls(path, record)
 

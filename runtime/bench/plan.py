@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from zreward.errors import UsageError
 from zreward.image import MAX_SOURCE_PIXELS
-from zreward.runtime.backends import PROVIDERS
+from zreward.runtime.backends.options import GpuOptions
+from zreward.runtime.backends.providers import check_options
 
 MIN_REPETITIONS = 10
 WARM_UP = 2
@@ -57,6 +58,7 @@ class BenchPlan:
         min_seconds: and for at least this long.
         starts: processes that are started for each provider and thread count, to time a start.
         separate: also measure what it takes when nothing is shared: one full pass for each question.
+        gpu: use of a GPU, as text for `GpuOptions.parse`.
 
     Raises:
         UsageError: an axis is empty or repeats itself, or a value is out of range.
@@ -70,6 +72,7 @@ class BenchPlan:
     min_seconds: float = 3.0
     starts: int = 3
     separate: bool = False
+    gpu: str = ""
 
     def __post_init__(self) -> None:
         for name in ("image_sizes", "candidates", "threads", "providers"):
@@ -84,9 +87,9 @@ class BenchPlan:
                     f"image size {size} makes {size * size:,} pixels, more than the {MAX_SOURCE_PIXELS:,} that the "
                     f"runtime reads; use at most {math.isqrt(MAX_SOURCE_PIXELS)}"
                 )
+        gpu = GpuOptions.parse(self.gpu)
         for provider in self.providers:
-            if provider not in PROVIDERS:
-                raise UsageError(f"unknown provider {provider!r}; this version has {', '.join(PROVIDERS)}")
+            check_options(provider, gpu)
         if self.repetitions < MIN_REPETITIONS:
             raise UsageError(
                 f"{self.repetitions} repetitions are too few for a spread; use {MIN_REPETITIONS} or more"

@@ -12,7 +12,7 @@ from zreward.runtime.bench.plan import BenchPlan, threads_label
 from zreward.runtime.bench.rates import Rate, kernels_run, measure_rate
 from zreward.runtime.bench.report import BenchReport, BundleFacts, Result, Session
 from zreward.runtime.bench.stages import PROMPT
-from zreward.runtime.bench.worker import measure_in_child
+from zreward.runtime.bench.worker import Measured, measure_in_child
 
 
 def run_bench(path: Path, plan: BenchPlan, progress: Progress | None = None) -> BenchReport:
@@ -29,10 +29,13 @@ def run_bench(path: Path, plan: BenchPlan, progress: Progress | None = None) -> 
     rates = _rates(plan, report)
     sessions: list[Session] = []
     results: list[Result] = []
+    on_gpu: list[str] = []
     for provider, threads in plan.sessions():
         session, measured = _session(path, plan.only(provider, threads), rates[threads], report)
         sessions.append(session)
-        results += measured
+        results += measured.results
+        if measured.provider != "cpu" and provider not in on_gpu:
+            on_gpu.append(provider)
     return BenchReport(
         date=date,
         bundle=BundleFacts.of(bundle),
@@ -42,7 +45,7 @@ def run_bench(path: Path, plan: BenchPlan, progress: Progress | None = None) -> 
         prompt=PROMPT,
         sessions=tuple(sessions),
         results=tuple(results),
-        notes=tuple(_notes(bundle, machine, plan, results, rates)),
+        notes=tuple(_notes(bundle, machine, plan, results, rates, on_gpu)),
     )
 
 
@@ -55,7 +58,7 @@ def _rates(plan: BenchPlan, report: Progress) -> dict[int | None, Rate]:
     return rates
 
 
-def _session(path: Path, plan: BenchPlan, rate: Rate, report: Progress) -> tuple[Session, tuple[Result, ...]]:
+def _session(path: Path, plan: BenchPlan, rate: Rate, report: Progress) -> tuple[Session, Measured]:
     (provider,), (threads,) = plan.providers, plan.threads
     stage, starts = f"starts, {threads_label(threads)}, {provider}", []
     for done in range(plan.starts - 1):
@@ -72,13 +75,18 @@ def _session(path: Path, plan: BenchPlan, rate: Rate, report: Progress) -> tuple
         (*starts, last.start),
         peak_memory_bytes=last.peak_memory_bytes,
     )
-    return session, last.results
+    return session, last
 
 
 def _notes(
-    bundle: Bundle, machine: Machine, plan: BenchPlan, results: list[Result], rates: dict[int | None, Rate]
+    bundle: Bundle,
+    machine: Machine,
+    plan: BenchPlan,
+    results: list[Result],
+    rates: dict[int | None, Rate],
+    on_gpu: list[str],
 ) -> list[str]:
-    """What the figures alone would not say."""
+    """What the figures alone would not say; `on_gpu` are the providers, as asked for, that ran on one."""
     notes = []
     resized = {r.configuration.image_size: (r.width, r.height) for r in results}
     for size, (width, height) in resized.items():
@@ -102,19 +110,17 @@ def _notes(
         notes.append(
             "There is no bound: the bundle does not count its operations. Export it again to have one."
         )
-    elif any(rate.integer_gops is None for rate in rates.values()) and _multiplies_integers(bundle):
+        return notes
+    if on_gpu:
+        notes.append(
+            f"There is no bound for {', '.join(on_gpu)}: a GPU computes there, and the rate is the processor's."
+        )
+    on_cpu = set(plan.providers) - set(on_gpu)
+    if on_cpu and any(rate.integer_gops is None for rate in rates.values()) and _multiplies_integers(bundle):
         notes.append(
             "There is no bound: the rate of 8-bit products can be measured with the compiled kernels only."
         )
-    elif unbounded := sorted({r.configuration.provider for r in results if not _has_bound(r)}):
-        notes.append(
-            f"There is no bound for {', '.join(unbounded)}: a GPU computes there, and the rate is the processor's."
-        )
     return notes
-
-
-def _has_bound(result: Result) -> bool:
-    return any(timing.bound_ms is not None for timing in result.stages.values())
 
 
 def _multiplies_integers(bundle: Bundle) -> bool:

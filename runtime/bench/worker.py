@@ -18,6 +18,7 @@ from zreward.errors import BackendError, BenchError
 from zreward.jsonfile import dataclass_from_json
 from zreward.progress import Progress
 from zreward.runtime import Scorer
+from zreward.runtime.backends.options import GpuOptions
 from zreward.runtime.bench.machine import peak_memory_bytes
 from zreward.runtime.bench.measure import measure
 from zreward.runtime.bench.plan import BenchPlan
@@ -47,11 +48,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the child found; `results` are empty where it only started."""
+    """What the child found; `results` are empty where it only started, `provider` is what ran the model."""
 
     start: Start
     results: tuple[Result, ...]
     peak_memory_bytes: int
+    provider: str
 
 
 def measure_in_child(
@@ -81,8 +83,9 @@ def _work(data: dict[str, Any], say: Callable[[Message], None]) -> None:
     (provider,), (threads,) = job.plan.providers, job.plan.threads
     image = picture(job.plan.image_sizes[0])
     begun = time.monotonic()
-    with Scorer.open(job.bundle, provider=provider, threads=threads) as scorer:
-        opened = time.monotonic()
+    gpu = GpuOptions.parse(job.plan.gpu)
+    with Scorer.open(job.bundle, provider=provider, threads=threads, gpu=gpu) as scorer:
+        opened, ran_on = time.monotonic(), scorer.engine.opened.provider
         scorer.score(prompt=numbered_prompt(0), images=[image])
         scored = time.monotonic()
         waited = begun - imported  # the picture is ours, not the user's
@@ -95,10 +98,10 @@ def _work(data: dict[str, Any], say: Callable[[Message], None]) -> None:
         peak = peak_memory_bytes()
         results: tuple[Result, ...] = ()
         if not job.only_start:
-            rate = job.rate if scorer.engine.opened.provider == "cpu" else None  # it is the processor's
+            rate = job.rate if ran_on == "cpu" else None  # it is the processor's
             results = measure(scorer, job.plan, rate, lambda *progress: say({"progress": progress}))
     peaks = [result.peak_memory_bytes or 0 for result in results]
-    measured = Measured(start, results, max([peak, peak_memory_bytes(), *peaks]))
+    measured = Measured(start, results, max([peak, peak_memory_bytes(), *peaks]), ran_on)
     say({"measured": dataclasses.asdict(measured)})
 
 

@@ -67,12 +67,13 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
 }
 
-SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE = 0, 1, 2, 100
+SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, INVALID_DEVICE = 0, 1, 2, 100, 101
 INVALID_CONTEXT, ILLEGAL_ADDRESS, CAPTURE_INVALIDATED = 201, 700, 901
 _TEXTS = {
     INVALID_VALUE: b"invalid argument",
     OUT_OF_MEMORY: b"out of memory",
     NO_DEVICE: b"no CUDA-capable device is detected",
+    INVALID_DEVICE: b"invalid device ordinal",
     INVALID_CONTEXT: b"invalid device context",
     ILLEGAL_ADDRESS: b"an illegal memory access was encountered",
     CAPTURE_INVALIDATED: b"operation failed due to a previous error during capture",
@@ -120,7 +121,9 @@ class FakeDriver:
         calls: name and arguments of every call that needs a context, in order; handles that are returned are left out.
         failures: statuses that the next calls of a name return, in order, in place of working.
         violations: rules that were broken.
-        memory_bytes: of the GPU.
+        memory_bytes: of a GPU.
+        capabilities: compute capability of each GPU.
+        retained: the GPUs whose primary contexts are held.
     """
 
     def __init__(self, without: Sequence[str] = ()) -> None:
@@ -140,9 +143,9 @@ class FakeDriver:
         self.failures: dict[str, list[int]] = {}
         self.violations: list[str] = []
         self.memory_bytes = 1 << 30
-        self.capability = (8, 9)
+        self.capabilities = ((8, 9), (9, 0))
+        self.retained: list[int] = []
         self._next = 0x1000
-        self._retained = 0
         self._device: dict[int, np.ndarray[Any, Any]] = {}
         self._pinned: dict[int, np.ndarray[Any, Any]] = {}
         self._freed: list[np.ndarray[Any, Any]] = []
@@ -158,7 +161,7 @@ class FakeDriver:
             "pinned": len(self._pinned),
             "streams": len(self._streams),
             "graphs": len(self._graphs) + len(self._executables),
-            "contexts": self._retained,
+            "contexts": len(self.retained),
         }
 
     def used_bytes(self) -> int:
@@ -222,26 +225,27 @@ class FakeDriver:
     def _cuInit(self, flags: int) -> None:
         pass
 
-    def _cuDeviceGet(self, device: Any, ordinal: int) -> None:
+    def _cuDeviceGet(self, device: Any, ordinal: int) -> int:
         device[0] = ordinal
+        return SUCCESS if ordinal < len(self.capabilities) else INVALID_DEVICE
 
     def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
-        value[0] = self.capability[attribute - 75]
+        value[0] = self.capabilities[device][attribute - 75]
 
     def _cuGetErrorString(self, status: int, text: Any) -> int:
         text[0] = _TEXTS.get(status)
         return SUCCESS if status in _TEXTS else INVALID_VALUE
 
     def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
-        self._retained += 1
-        context[0] = _CONTEXT
+        self.retained.append(device)
+        context[0] = _CONTEXT + device
 
     def _cuDevicePrimaryCtxRelease(self, device: int) -> None:
-        assert self._retained > 0 and not self._stack()
-        self._retained -= 1
+        assert not self._stack()
+        self.retained.remove(device)
 
     def _cuCtxPushCurrent(self, context: int) -> None:
-        assert context == _CONTEXT and self._retained > 0
+        assert context - _CONTEXT in self.retained
         self._stack().append(context)
 
     def _cuCtxPopCurrent(self, context: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from zreward.commands import console
+from zreward.commands.providers import GpuOption
 
 if TYPE_CHECKING:
     from zreward.runtime.bench.compare import Compared, Comparison
@@ -39,7 +40,10 @@ def bench(
     threads: Annotated[
         str | None, typer.Option(metavar="LIST", help="CPU threads; without it what the backend chooses.")
     ] = None,
-    provider: Annotated[str, typer.Option(metavar="LIST", help="Providers.")] = "auto",
+    provider: Annotated[
+        str, typer.Option(metavar="LIST", help="Providers, those of `zreward score`.")
+    ] = "auto",
+    gpu: GpuOption = "",
     repetitions: Annotated[
         int, typer.Option(help="Measured runs of each configuration, 10 or more: at least these,")
     ] = 10,
@@ -72,6 +76,7 @@ def bench(
         min_seconds=min_seconds,
         starts=starts,
         separate=separate,
+        gpu=gpu,
     )
     _check_files(("--json", json_file), ("--markdown", markdown), ("--html", html))
     with console.progress("%") as progress, console.remembered_interrupt() as stop_if_interrupted:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zreward.commands import console
-from zreward.commands.providers import ProviderOption
+from zreward.commands.providers import GpuOption, ProviderOption, gpu_options
 
 if TYPE_CHECKING:
     from zreward.bundle import Manifest
@@ -154,13 +154,14 @@ def _print_files(manifest: Manifest) -> None:
 def verify(
     bundle: BundleArgument,
     provider: ProviderOption = "auto",
+    gpu: GpuOption = "",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check the hash of every file and replay the golden inputs."""
     from zreward.runtime.verify import verify_bundle
 
-    report = verify_bundle(bundle, provider=provider, threads=threads)
+    report = verify_bundle(bundle, provider=provider, threads=threads, gpu=gpu_options(gpu))
     if as_json:
         console.print_json(dataclasses.asdict(report))
         return

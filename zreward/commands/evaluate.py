@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zreward.commands import console
-from zreward.commands.providers import ProviderOption
+from zreward.commands.providers import GpuOption, ProviderOption, gpu_options
 
 if TYPE_CHECKING:
     from zreward.commands.evaluate_sources import Scored
@@ -43,6 +43,7 @@ def evaluate(
     ] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap draws and of sampled traces.")] = 0,
     provider: ProviderOption = "auto",
+    gpu: GpuOption = "",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     reasons: Annotated[
         bool, typer.Option("--reasoning", help="A checkpoint reasons before it answers.")
@@ -71,7 +72,7 @@ def evaluate(
     _check_page(html, source, path)
     labels = read_labels(path)
     with console.progress() as progress:
-        predictions, facts = _scored(source, labels, reasoning, provider, threads, progress)
+        predictions, facts = _scored(source, labels, reasoning, threads, (provider, gpu), progress)
         report = evaluation_report(
             facts, path, predictions, labels, n_resamples=resamples, seed=seed, progress=progress
         )
@@ -171,10 +172,11 @@ def _scored(
     source: Path,
     labels: Labels,
     reasoning: Reasoning | None,
-    provider: str,
     threads: int | None,
+    runs_on: tuple[str, str],
     progress: Progress,
 ) -> Scored:
+    """`runs_on` is what --provider and --gpu say, for bundles."""
     from zreward.commands import evaluate_sources as sources
     from zreward.errors import UsageError
 
@@ -182,13 +184,15 @@ def _scored(
     if reasoning and kind != "checkpoint":
         what = "a bundle" if kind == "bundle" else "a file of scores"
         raise UsageError(f"--reasoning is for checkpoints, and {source} is {what}, which answers directly")
-    if provider != "auto" and kind != "bundle":
+    if kind != "bundle" and runs_on != ("auto", ""):
         what = "a checkpoint is run by torch" if kind == "checkpoint" else "scores in a file are read"
-        raise UsageError(f"--provider is for bundles: {what}; leave it out")
+        raise UsageError(f"--provider and --gpu are for bundles: {what}; leave them out")
     if kind == "checkpoint":
         return sources.from_checkpoint(source, labels, reasoning, threads, progress)
     if kind == "bundle":
-        return sources.from_bundle(source, labels, threads, progress, provider=provider)
+        provider, gpu = runs_on
+        options = gpu_options(gpu)
+        return sources.from_bundle(source, labels, threads, progress, provider=provider, gpu=options)
     return sources.from_score_file(source, labels)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from zreward.evaluation import Floats, Labels, Predictions
     from zreward.evaluation_report import Reasoning, Source, SourceKind
     from zreward.progress import Progress
+    from zreward.runtime.backends.options import GpuOptions
     from zreward.training.model import RewardModel
     from zreward.training.sequences import Row
 
@@ -68,16 +69,22 @@ def from_score_file(path: Path, labels: Labels) -> Scored:
 
 
 def from_bundle(
-    path: Path, labels: Labels, threads: int | None, progress: Progress, *, provider: str = "auto"
+    path: Path,
+    labels: Labels,
+    threads: int | None,
+    progress: Progress,
+    *,
+    provider: str = "auto",
+    gpu: GpuOptions | None = None,
 ) -> Scored:
-    """Scores of an exported model, by the runtime; `provider` as for `Scorer.open`."""
+    """Scores of an exported model, by the runtime; provider, threads and gpu as of `Scorer.open`."""
     import numpy as np
 
     from zreward.evaluation import Predictions
     from zreward.evaluation_report import Source
     from zreward.runtime import Score, Scorer
 
-    with Scorer.open(path, provider=provider, threads=threads) as scorer:
+    with Scorer.open(path, provider=provider, threads=threads, gpu=gpu) as scorer:
         contract = scorer.contract
         _check_dimensions(contract, labels, path)
         probs = np.full((*labels.scores.shape, len(contract.bins)), np.nan)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zreward.commands import console
-from zreward.commands.providers import ProviderOption
+from zreward.commands.providers import GpuOption, ProviderOption, gpu_options
 from zreward.errors import UsageError, ZrewardError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def score(
         bool, typer.Option("--restart", help="Empty --output first instead of going on from it.")
     ] = False,
     provider: ProviderOption = "auto",
+    gpu: GpuOption = "",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
@@ -38,27 +40,31 @@ def score(
     Exit status 1 means that some items could not be scored; each of those is reported with its error.
     A JSONL run that was interrupted goes on where it stopped when it is started again.
     """
+    opened = partial(_open, bundle, provider, threads, gpu)
     if source is not None:
         if images or prompt is not None or output is None or as_json:
             raise UsageError("--input goes with --output, and without images, --prompt and --json")
-        n_failed = _score_file(bundle, source, output, restart, provider, threads)
+        n_failed = _score_file(opened, source, output, restart)
     elif prompt is None or not images:
         raise UsageError("give --prompt TEXT and at least one image, or --input FILE and --output FILE")
     elif output is not None or restart:
         raise UsageError("--output and --restart go with --input; for images, redirect the output of --json")
     else:
-        n_failed = _score_images(bundle, prompt, images, provider, threads, as_json)
+        n_failed = _score_images(opened, prompt, images, as_json)
     if n_failed:
         raise typer.Exit(1)
 
 
-def _score_file(
-    bundle: Path, source: Path, output: Path, restart: bool, provider: str, threads: int | None
-) -> int:
+def _open(bundle: Path, provider: str, threads: int | None, gpu: str) -> Scorer:
     from zreward.runtime import Scorer
+
+    return Scorer.open(bundle, provider=provider, threads=threads, gpu=gpu_options(gpu))
+
+
+def _score_file(opened: Callable[[], Scorer], source: Path, output: Path, restart: bool) -> int:
     from zreward.runtime.jsonl import score_jsonl
 
-    with Scorer.open(bundle, provider=provider, threads=threads) as scorer, console.progress("%") as progress:
+    with opened() as scorer, console.progress("%") as progress:
 
         def report(done: int, total: int) -> None:
             stop_if_interrupted()
@@ -75,12 +81,10 @@ def _score_file(
     return summary.failed
 
 
-def _score_images(
-    bundle: Path, prompt: str, images: Sequence[Path], provider: str, threads: int | None, as_json: bool
-) -> int:
-    from zreward.runtime import Score, Scorer
+def _score_images(opened: Callable[[], Scorer], prompt: str, images: Sequence[Path], as_json: bool) -> int:
+    from zreward.runtime import Score
 
-    with Scorer.open(bundle, provider=provider, threads=threads) as scorer:
+    with opened() as scorer:
         results = scorer.score(prompt=prompt, images=images, errors="return")
         scored = {index: result for index, result in enumerate(results) if isinstance(result, Score)}
         ranks = ranks_from_overall({index: result.overall for index, result in scored.items()})

@@ -26,7 +26,6 @@ from zreward.runtime.backends.tensorrt.memory import ALIGNMENT, Memory
 from zreward.runtime.backends.tensorrt.session import EngineSession
 from zreward.tensorrt_library import error_listener, flavour_named, load_tensorrt, quoted
 
-_TARGET = "tensorrt"
 _REMEMBERED_ERRORS = 16
 _AGAIN = "build it again with `zreward engine BUNDLE --force`"
 
@@ -35,6 +34,7 @@ def open_engine(bundle: Bundle, *, flavour: str, device: int = 0, plugins: Path 
     """Load the engine of `bundle` that runs on this machine.
 
     Args:
+        bundle: exported for TensorRT.
         flavour: "tensorrt" or "tensorrt-rtx".
         device: number of the GPU, as CUDA counts them.
         plugins: library to load; an engine that was built with it is preferred to one without plugins.
@@ -45,11 +45,6 @@ def open_engine(bundle: Bundle, *, flavour: str, device: int = 0, plugins: Path 
         BundleError: a file of the engine was altered.
         PluginError: the library of plugins was altered, or does not fit this TensorRT.
     """
-    if bundle.manifest.target != _TARGET:
-        raise BackendError(
-            f"{bundle.path}: exported for {bundle.manifest.target!r}, so it has no engines; export the checkpoint "
-            f"with `--target {_TARGET}`"
-        )
     library = flavour_named(flavour)
     capability = compute_capability(device)
     trt = load_tensorrt(flavour)

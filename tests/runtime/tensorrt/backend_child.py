@@ -39,6 +39,7 @@ SCENARIOS: tuple[Callable[[World], None], ...] = (
     failing.a_gpu_without_memory,
     failing.a_run_that_fails_on_the_gpu,
     failing.engines_that_do_not_fit,
+    failing.another_gpu_is_named,
     failing.plugins_are_hashed_before_they_are_loaded,
     failing.auto_takes_what_runs,
 )

@@ -22,7 +22,7 @@ from tests.support.plugins import recorded_library
 from zreward import plugins
 from zreward.errors import BackendError, BundleError, PluginError
 from zreward.image import preprocess
-from zreward.runtime import Scorer
+from zreward.runtime import GpuOptions, Scorer
 
 
 def a_capture_that_fails_turns_graphs_off(world: World) -> None:
@@ -181,6 +181,17 @@ def engines_that_do_not_fit(world: World) -> None:
     assert "not the engine that its engine.json describes" in world.refused()
 
 
+def another_gpu_is_named(world: World) -> None:
+    """An engine for the second GPU alone runs there, and on no other."""
+    world.write_engine(compute_capabilities=("9.0",))
+    assert "for compute capability 9.0, and this GPU has 8.9" in world.refused()
+    with Scorer.open(world.path, provider=world.flavour, gpu=GpuOptions(device=1)) as scorer:
+        scorer.score(prompt=PROMPTS[0], images=[world.image])
+        assert world.driver.retained == [1]
+    assert "no usable GPU (cuDeviceGet: invalid device ordinal)" in world.refused(gpu=GpuOptions(device=2))
+    world.assert_clean()
+
+
 def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     if not world.own_graphs:  # TensorRT-RTX has none
         return
@@ -190,14 +201,16 @@ def plugins_are_hashed_before_they_are_loaded(world: World) -> None:
     plain = world.write_engine()
     path = world.write_engine(plugins={library.name: sha256})
     opened = []
-    for found, engine in ((library, path), (None, plain)):
+    for found, named, engine in ((library, None, path), (None, None, plain), (None, library, path)):
         plugins.find_library = lambda found=found: found
-        with Scorer.open(world.path, provider=world.flavour) as scorer:
+        with Scorer.open(world.path, provider=world.flavour, gpu=GpuOptions(plugins=named)) as scorer:
             opened.append("IPluginRegistry.load_library" in world.library.calls)
             assert engine.name in scorer.engine.opened.details
             scorer.score(prompt=PROMPTS[0], images=[world.image])
         world.library.calls.clear()
-    assert opened == [True, False]
+    assert opened == [True, False, False]  # a process loads a library once
+    elsewhere = GpuOptions(plugins=world.folder / "none.so")
+    assert "there is no plugin library here" in world.refused(PluginError, gpu=elsewhere)
     shutil.rmtree(plain)
     assert "name the library" in world.refused()
     plugins.find_library = lambda: library

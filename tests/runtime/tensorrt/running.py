@@ -26,7 +26,7 @@ from zreward.runtime.bench import worker
 from zreward.runtime.bench.machine import describe_machine
 from zreward.runtime.bench.plan import BenchPlan
 from zreward.runtime.bench.rates import Rate
-from zreward.runtime.bench.run import _has_bound, _notes
+from zreward.runtime.bench.run import _notes
 from zreward.runtime.bench.worker import Job, Measured
 from zreward.runtime.verify import verify_bundle
 
@@ -323,8 +323,10 @@ def a_benchmark_has_no_bound(world: World) -> None:
         )
         worker._work(dataclasses.asdict(job), said.append)
     measured = [dataclass_from_json(Measured, m["measured"], "", BenchError) for m in said if "measured" in m]
-    on_gpu, on_cpu = (one.results for one in measured)
-    assert [_has_bound(result) for result in (*on_gpu, *on_cpu)] == [False, True]
-    (note,) = _notes(world.bundle, describe_machine(), plan, [*on_gpu, *on_cpu], {})[-1:]
+    assert [one.provider for one in measured] == [world.flavour, "cpu"]
+    results = [result for one in measured for result in one.results]
+    bounds = [{timing.bound_ms is None for timing in result.stages.values()} for result in results]
+    assert bounds[0] == {True} and False in bounds[1]
+    (note,) = _notes(world.bundle, describe_machine(), plan, results, {}, [world.flavour])[-1:]
     assert note.startswith(f"There is no bound for {world.flavour}: a GPU computes there")
     world.assert_clean()

@@ -17,7 +17,7 @@ from tests.support.tensorrt_engines import FakeLibrary, write_engine
 from zreward.bundle import Bundle
 from zreward.errors import BackendError, ZrewardError
 from zreward.image import preprocess
-from zreward.runtime import Score, Scorer
+from zreward.runtime import GpuOptions, Score, Scorer
 from zreward.runtime.backends.tensorrt import opening
 from zreward.runtime.engine import DecoderState, Engine
 
@@ -65,10 +65,15 @@ class World:
         assert set(self.driver.live().values()) == {0}, self.driver.live()
         assert not self.library.contexts and not self.library.engines
 
-    def refused(self, error: type[ZrewardError] = BackendError, provider: str | None = None) -> str:
+    def refused(
+        self,
+        error: type[ZrewardError] = BackendError,
+        provider: str | None = None,
+        gpu: GpuOptions | None = None,
+    ) -> str:
         """The message that opening the bundle fails with, leaving nothing behind."""
         try:
-            Scorer.open(self.path, provider=provider or self.flavour)
+            Scorer.open(self.path, provider=provider or self.flavour, gpu=gpu)
         except error as found:
             message = str(found)
         else:
