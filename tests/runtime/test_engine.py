@@ -99,7 +99,7 @@ def test_the_thinnest_image_after_the_longest_prompt_has_positions(engine: Engin
     assert np.isfinite(answers.probs).all()
 
 
-@pytest.mark.parametrize("provider", ["cuda", "CPU", "", None])
+@pytest.mark.parametrize("provider", ["gpu", "CPU", "", None])
 def test_an_unknown_provider(tiny_bundle: Path, provider: str) -> None:
     with pytest.raises(UsageError, match=r"unknown provider.*auto, cpu"):
         Engine(Bundle.open(tiny_bundle), provider=provider)
