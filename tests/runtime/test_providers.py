@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from zreward.bundle import Bundle
 from zreward.errors import BackendError, UsageError
 from zreward.runtime import GpuOptions
 from zreward.runtime.backends import open_session
 from zreward.runtime.backends.providers import PROVIDERS, check_options, check_target
+
+
+def bundle_for(target: str, weights: str) -> Any:
+    """What `check_target` looks at."""
+    return SimpleNamespace(path=Path("bundle"), manifest=SimpleNamespace(target=target, weights=weights))
 
 
 @pytest.mark.parametrize(
@@ -31,22 +36,18 @@ from zreward.runtime.backends.providers import PROVIDERS, check_options, check_t
     ],
 )
 def test_a_bundle_for_another_provider_is_refused(
-    tiny_bundle: Path, target: str, weights: str, provider: str, expected: str
+    target: str, weights: str, provider: str, expected: str
 ) -> None:
-    bundle = Bundle.open(tiny_bundle)
-    manifest = dataclasses.replace(bundle.manifest, target=target, weights=weights)
     with pytest.raises(BackendError, match=expected):
-        check_target(dataclasses.replace(bundle, manifest=manifest), provider)
+        check_target(bundle_for(target, weights), provider)
 
 
-def test_what_a_provider_runs_is_not_refused(tiny_bundle: Path) -> None:
-    bundle = Bundle.open(tiny_bundle)
+def test_what_a_provider_runs_is_not_refused() -> None:
     for name, provider in PROVIDERS.items():
         for target in provider.targets:
-            manifest = dataclasses.replace(bundle.manifest, target=target)
-            check_target(dataclasses.replace(bundle, manifest=manifest), name)
+            check_target(bundle_for(target, "fp16"), name)
     with pytest.raises(UsageError, match="runs whole bundles"):
-        open_session(tiny_bundle / "vision.onnx", provider="cuda", threads=None)
+        open_session(Path("vision.onnx"), provider="cuda", threads=None)
 
 
 @pytest.mark.parametrize(
