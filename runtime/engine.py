@@ -9,7 +9,6 @@ outputs are read at each row's last real position, which padding to the right ca
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,7 +147,24 @@ class Engine:
         image, after = image_positions(prompt.position, *grid)
         positions = np.concatenate([image, text_positions(after, 1)], axis=1)
         state = prompt if self._shares_states else prompt.repeated(len(features))
-        return self._advance(state, embeddings, positions, after + 1)
+        return self.advance(state, embeddings, positions, after + 1)
+
+    def advance(
+        self, state: DecoderState, embeddings: Floats, positions: Ids, next_position: int
+    ) -> DecoderState:
+        """Run embeddings of any tokens after `state`.
+
+        Args:
+            state: of as many rows as `embeddings`, or of fewer where the bundle's states serve several rows each.
+            embeddings: float32 [rows, tokens, hidden].
+            positions: M-RoPE positions [3, tokens], alike for all rows.
+            next_position: that of the text token after them.
+        """
+        states = self.bundle.manifest.states
+        inputs = self._inputs(state, embeddings, positions)
+        outputs = self._graphs["decoder"].run([s.output for s in states], inputs)
+        arrays = {s.input: output for s, output in zip(states, outputs, strict=True)}
+        return DecoderState(arrays, state.length + embeddings.shape[1], next_position)
 
     def answer(self, images: DecoderState, dimensions: Sequence[int] | None = None) -> Answers:
         """Ask every dimension, or those at the given indices, of every row of `images`.
@@ -191,11 +207,8 @@ class Engine:
 
         Twice each, because the decoder returns the states that it is given.
         """
-        sizes = {"batch": 1, "state_batch": 1, "past": prompt.length + n_tokens + 1}
-        row = sum(
-            math.prod(sizes[d] if isinstance(d, str) else d for d in s.shape) * np.dtype(s.dtype).itemsize
-            for s in self.bundle.manifest.states
-        )
+        past = prompt.length + n_tokens + 1
+        row = sum(s.n_bytes(rows=1, past=past) for s in self.bundle.manifest.states)
         return 2 * row * (1 + len(self.contract.dimensions))
 
     def _kept_system_state(self) -> DecoderState:
@@ -207,17 +220,7 @@ class Engine:
     def _read(self, state: DecoderState, text: Floats) -> DecoderState:
         """Run the embeddings of text, [tokens, hidden], after `state`."""
         positions = text_positions(state.position, len(text))
-        return self._advance(state, text[None], positions, state.position + len(text))
-
-    def _advance(
-        self, state: DecoderState, embeddings: Floats, positions: Ids, next_position: int
-    ) -> DecoderState:
-        """Run `embeddings` [rows, tokens, hidden] at `positions` [3, tokens] and return the new state."""
-        states = self.bundle.manifest.states
-        inputs = self._inputs(state, embeddings, positions)
-        outputs = self._graphs["decoder"].run([s.output for s in states], inputs)
-        arrays = {s.input: output for s, output in zip(states, outputs, strict=True)}
-        return DecoderState(arrays, state.length + embeddings.shape[1], next_position)
+        return self.advance(state, text[None], positions, state.position + len(text))
 
     def _inputs(
         self, state: DecoderState, embeddings: Floats, positions: Ids, *, keep_states: bool = True
@@ -239,10 +242,8 @@ class Engine:
         return inputs
 
     def _empty_states(self) -> dict[str, NDArray[Any]]:
-        sizes = {"batch": 1, "state_batch": 1, "past": 0}
         return {
-            s.input: np.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], dtype=s.dtype)
-            for s in self.bundle.manifest.states
+            s.input: np.zeros(s.sizes(rows=1, past=0), dtype=s.dtype) for s in self.bundle.manifest.states
         }
 
     def _padded_questions(self) -> tuple[Floats, NDArray[np.int64]]:

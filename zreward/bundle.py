@@ -102,6 +102,15 @@ class StateInfo:
                 f"state {self.input!r}: shape {self.shape} must hold positive integers and {names}"
             )
 
+    def sizes(self, *, rows: int, past: int) -> tuple[int, ...]:
+        """The shape of `rows` states after `past` tokens."""
+        named = {"batch": rows, "state_batch": rows, "past": past}
+        return tuple(named[axis] if isinstance(axis, str) else axis for axis in self.shape)
+
+    def n_bytes(self, *, rows: int, past: int) -> int:
+        """What so many states take."""
+        return math.prod(self.sizes(rows=rows, past=past)) * int(self.dtype.removeprefix("float")) // 8
+
 
 @dataclass(frozen=True)
 class GoldenInfo:

@@ -18,6 +18,7 @@ from zreward import __version__
 from zreward.commands import (
     bench,
     bundles,
+    conformance,
     data,
     demo,
     engine,
@@ -58,6 +59,7 @@ app.command("verify")(bundles.verify)
 app.command("score")(score.score)
 app.command("bench")(bench.bench)
 app.command("bench compare")(bench.bench_compare)
+app.command("conformance")(conformance.conformance)
 app.command("eval")(evaluate.evaluate)
 app.command("train")(train.train)
 

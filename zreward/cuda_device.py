@@ -17,14 +17,14 @@ def compute_capability(device: int = 0) -> str:
     Raises:
         BackendError: there is no driver, or no such GPU.
     """
-    driver = _driver()
-    _call(driver, "cuInit", 0)
+    driver = load_driver()
+    call_driver(driver, "cuInit", 0)
     handle = ctypes.c_int()
-    _call(driver, "cuDeviceGet", ctypes.byref(handle), device)
+    call_driver(driver, "cuDeviceGet", ctypes.byref(handle), device)
     numbers = []
     for attribute in (_MAJOR, _MINOR):
         value = ctypes.c_int()
-        _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
+        call_driver(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
         numbers.append(value.value)
     return f"{numbers[0]}.{numbers[1]}"
 
@@ -36,11 +36,16 @@ def driver_cuda_version() -> tuple[int, int]:
         BackendError: there is no driver.
     """
     version = ctypes.c_int()
-    _call(_driver(), "cuDriverGetVersion", ctypes.byref(version))
+    call_driver(load_driver(), "cuDriverGetVersion", ctypes.byref(version))
     return version.value // 1000, version.value % 1000 // 10
 
 
-def _driver() -> ctypes.CDLL:
+def load_driver() -> ctypes.CDLL:
+    """The driver's library.
+
+    Raises:
+        BackendError: there is none.
+    """
     try:
         return ctypes.CDLL(_LIBRARY)
     except OSError as error:
@@ -49,7 +54,12 @@ def _driver() -> ctypes.CDLL:
         ) from None
 
 
-def _call(driver: ctypes.CDLL, name: str, *arguments: object) -> None:
+def call_driver(driver: ctypes.CDLL, name: str, *arguments: object) -> None:
+    """Call a function of the driver; whole numbers that are not C's int must come as objects of ctypes.
+
+    Raises:
+        BackendError: it refuses; the message has its words.
+    """
     status = int(getattr(driver, name)(*arguments))
     if status:
         text = ctypes.c_char_p()

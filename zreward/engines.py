@@ -32,8 +32,16 @@ _log = logging.getLogger(__name__)
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
 GRAPHS = ("vision", "decoder")
+
+PATCHES = "total_patches"
+"""Axis of the tower."""
+BATCH, TOKENS, PAST = "batch", "sequence_len", "past_sequence_len"
+"""Axes of the decoder: rows, tokens that each reads, and tokens that were read before."""
 STATES = "state_batch"
 """Axis of the decoder that has a row for each image."""
+
+IMAGE, PREFIX, QUESTIONS = "image", "prefix", "questions"
+"""Names of the profiles: that of the tower, and the two of the decoder."""
 
 _SCHEMA = {"schema": "zreward.engine", "version": 1}
 _AGAIN = "build the engine again with `zreward engine BUNDLE --force`"

@@ -13,16 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from zreward.contract import ScoreContract
-from zreward.engines import STATES, Profile
+from zreward.engines import BATCH, IMAGE, PAST, PATCHES, PREFIX, QUESTIONS, STATES, TOKENS, Profile
 from zreward.errors import UsageError
 from zreward.lengths import longest_parts
 from zreward.prompt import PromptEncoder
-
-PREFIX, QUESTIONS, IMAGE = "prefix", "questions", "image"
-
-PATCHES = "total_patches"
-BATCH, TOKENS, PAST = "batch", "sequence_len", "past_sequence_len"
-"""Names of the axes in the graphs."""
 
 
 def profiles(

@@ -22,9 +22,17 @@ _WHOLE_NUMBER_PRODUCT = b"MatMulIntegerToFloat"
 
 
 class OrtSession:
-    """One graph in an onnxruntime.InferenceSession; weights are mapped from the external-data file."""
+    """One graph in an onnxruntime.InferenceSession; weights are mapped from the external-data file.
 
-    def __init__(self, path: Path, *, threads: int | None, packed: bool = True) -> None:
+    Args:
+        path: see `open_session`.
+        threads: see `open_session`.
+        packed: see `open_session`.
+        plain: run the graph as it is written, without ONNX Runtime's optimizations and without the compiled kernels:
+            slow, and other code than what scores.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None, packed: bool = True, plain: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -47,7 +55,9 @@ class OrtSession:
             options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in data:
             options.add_session_config_entry("session.x64quantprecision", "1")
-        kernels = compiled_library()
+        kernels = None if plain else compiled_library()
+        if plain:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if not packed:  # the kernels pack their weights too
             options.add_session_config_entry("session.disable_prepacking", "1")
         elif kernels is not None:

@@ -119,6 +119,15 @@ def peak_memory_bytes() -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
+def resident_bytes() -> int | None:
+    """Memory of this process that is resident now; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _cpuinfo() -> dict[str, str]:
     """The first processor's entries of /proc/cpuinfo, keys in lower case; nothing on other systems than Linux."""
     entries: dict[str, str] = {}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from zreward.commands import console
+from zreward.commands.outputs import check_files, say_written
 from zreward.commands.providers import GpuOption
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def bench(
         separate=separate,
         gpu=gpu,
     )
-    _check_files(("--json", json_file), ("--markdown", markdown), ("--html", html))
+    check_files(("--json", json_file), ("--markdown", markdown), ("--html", html))
     with console.progress("%") as progress, console.remembered_interrupt() as stop_if_interrupted:
 
         def heard(stage: str, done: int, total: int) -> None:
@@ -93,7 +93,7 @@ def bench(
         write_markdown(markdown, report)
     if html is not None:
         write_page(html, report)
-    _say_written(json_file, markdown, html)
+    say_written(json_file, markdown, html)
 
 
 def bench_compare(
@@ -119,7 +119,7 @@ def bench_compare(
     from zreward.runtime.bench.report import BenchReport
 
     share = _percentage(threshold)
-    _check_files(("--json", json_file), ("--markdown", markdown))
+    check_files(("--json", json_file), ("--markdown", markdown))
     loaded = [BenchReport.load(path) for path in reports]
     compared = compare(loaded, _labels(reports), threshold=share, allow_different=allow_different)
     _print_comparison(compared, loaded)
@@ -127,7 +127,7 @@ def bench_compare(
         compared.save(json_file)
     if markdown is not None:
         write_comparison_markdown(markdown, compared, loaded)
-    _say_written(json_file, markdown)
+    say_written(json_file, markdown)
     if compared.n_regressions:
         raise typer.Exit(1)
 
@@ -147,11 +147,11 @@ def print_stages(result: Result) -> None:
 def _print_report(report: BenchReport) -> None:
     from zreward.runtime.bench import tables
 
-    _print_facts(tables.facts(report))
+    console.print_facts(tables.facts(report))
     for result in report.results:
         print_stages(result)
-    _print_table(tables.START_COLUMNS, tables.start_rows(report.sessions))
-    _print_table(tables.SUMMARY_COLUMNS, tables.summary_rows(report.results), title="Summary")
+    console.print_table(tables.START_COLUMNS, tables.start_rows(report.sessions))
+    console.print_table(tables.SUMMARY_COLUMNS, tables.summary_rows(report.results), title="Summary")
     for text in (*tables.DEFINITIONS, *report.notes):
         console.stdout().print(text, markup=False)
 
@@ -159,7 +159,7 @@ def _print_report(report: BenchReport) -> None:
 def _print_comparison(compared: Compared, reports: Sequence[BenchReport]) -> None:
     from zreward.runtime.bench import comparison_tables as tables
 
-    _print_table(tables.MACHINE_COLUMNS, tables.machine_rows(compared, reports))
+    console.print_table(tables.MACHINE_COLUMNS, tables.machine_rows(compared, reports))
     for comparison in compared.comparisons:
         _print_changes(compared, comparison)
     for text in tables.remarks(compared):
@@ -173,27 +173,7 @@ def _print_changes(compared: Compared, comparison: Comparison) -> None:
         f"{comparison.label} against {compared.baseline}, medians in milliseconds", markup=False
     )
     for heading, rows in tables.change_sections(comparison):
-        _print_table(tables.CHANGE_COLUMNS, rows, title=heading)
-
-
-def _print_facts(found: Mapping[str, str]) -> None:
-    """Names and values, the values wrapped beside their names."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 1))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in found.items():
-        table.add_row(f"{name:<12}", Text(value))
-    console.stdout().print(table)
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    table = console.plain_table(*columns, title=title)
-    for row in rows:
-        table.add_row(*row)
-    console.stdout().print(table)
+        console.print_table(tables.CHANGE_COLUMNS, rows, title=heading)
 
 
 def _listed(option: str, text: str, kind: Callable[[str], T], example: str) -> tuple[T, ...]:
@@ -228,28 +208,3 @@ def _labels(paths: Sequence[Path]) -> list[str]:
         label if label not in labels[:index] else f"{label} ({labels[: index + 1].count(label)})"
         for index, label in enumerate(labels)
     ]
-
-
-def _check_files(*files: tuple[str, Path | None]) -> None:
-    """Before the work: what cannot be written is a wrong call."""
-    from zreward.errors import UsageError
-
-    seen: dict[Path, str] = {}
-    for option, path in files:
-        if path is None:
-            continue
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"{path.parent}: no such folder for {option}; create it first")
-        if not os.access(path.absolute().parent, os.W_OK):
-            raise UsageError(f"{path.parent}: nothing can be written here for {option}")
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; {option} takes the name of a file")
-        if path.absolute() in seen:
-            raise UsageError(f"{path}: {seen[path.absolute()]} and {option} name the same file")
-        seen[path.absolute()] = option
-
-
-def _say_written(*paths: Path | None) -> None:
-    written = [str(path) for path in paths if path is not None]
-    if written:
-        console.say(f"written: {', '.join(written)}")

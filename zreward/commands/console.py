@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +73,27 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def print_facts(found: Mapping[str, str]) -> None:
+    """Names and values of a result, the values wrapped beside their names."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in found.items():
+        table.add_row(f"{name:<12}", Text(value))
+    stdout().print(table)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """A `plain_table` with its rows."""
+    table = plain_table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    stdout().print(table)
 
 
 _COUNTED = ("scoring", "measuring")  # stages that count items, whatever the others count

@@ -14,6 +14,7 @@ from zreward.runtime.backends import Tensor
 from zreward.runtime.backends.tensorrt.context import Context, LoadedEngine, Scratch
 from zreward.runtime.backends.tensorrt.device import Device
 from zreward.runtime.backends.tensorrt.graphs import GraphFacts, Runner
+from zreward.runtime.backends.tensorrt.inspection import EngineLayer, layers_of
 from zreward.runtime.backends.tensorrt.memory import DeviceArray, Layout, Memory, Shape, n_bytes
 
 _CAPTURES_ITSELF = "TensorRT-RTX captures its own"
@@ -55,6 +56,16 @@ class EngineSession:
             profile.name: runner.facts
             for profile, runner in zip(self._record.profiles, self._runners, strict=False)
         }
+
+    def layers(self) -> tuple[EngineLayer, ...]:
+        """What the engine is made of.
+
+        Raises:
+            BackendError: TensorRT does not tell.
+            UsageError: the engine is closed.
+        """
+        with self._device.in_use():
+            return layers_of(self._engine)
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Tensor]) -> list[Any]:
         """The outputs asked for, in order: arrays of this device as they lie there, everything else as NumPy arrays.
