@@ -29,6 +29,11 @@ class Operations:
     float: int
     bfloat16: int
 
+    @property
+    def total(self) -> int:
+        """In any of them."""
+        return self.integer + self.float + self.bfloat16
+
     def __add__(self, other: Operations) -> Operations:
         return Operations(
             self.integer + other.integer, self.float + other.float, self.bfloat16 + other.bfloat16

@@ -165,10 +165,10 @@ class ConformanceReport:
         del data["folder"]
         asked = ("cycles", "repetitions", "threads", "device", "build", "without_plugins")
         data["plan"] = {name: getattr(self.plan, name) for name in asked}
-        for found, variant in zip(data["variants"], self.variants, strict=True):
-            found["passed"] = variant.passed
-            for check, entry in zip(variant.checks, found["checks"], strict=True):
-                entry["title"] = check.title
+        for entry, variant in zip(data["variants"], self.variants, strict=True):
+            entry["passed"] = variant.passed
+            for check, written in zip(variant.checks, entry["checks"], strict=True):
+                written["title"] = check.title
         whole = {"schema": SCHEMA, "version": REPORT_VERSION, "passed": self.passed, **data}
         folder = self.folder.resolve()
         found: dict[str, Any] = _renamed(

@@ -158,7 +158,7 @@ def stage_bounds(
             products_ms = _products_ms(operations, others[stage], limits, kind)
         memory_ms = _memory_ms(n_bytes[stage], limits)
         known = [ms for ms in (products_ms, memory_ms) if ms is not None]
-        total = operations and operations.integer + operations.float + operations.bfloat16
+        total = None if operations is None else operations.total
         # Bytes alone bound nothing where the operations are not known: it might be far from a bound.
         bound_ms = max(known) if products_ms is not None else None
         bounds[stage] = Bound(total, n_bytes[stage], products_ms, memory_ms, bound_ms)

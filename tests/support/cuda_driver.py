@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 _SOURCE = """
+#include <stddef.h>
 #include <string.h>
 static struct { const char *name; void *function; } table[64];
 static int count;
@@ -37,6 +38,22 @@ int cuDeviceGetAttribute(int *v, int a, int d) {
   return ((int (*)(int *, int, int))find("cuDeviceGetAttribute"))(v, a, d); }
 int cuGetErrorString(int e, const char **s) {
   return ((int (*)(int, const char **))find("cuGetErrorString"))(e, s); }
+typedef unsigned long long u64;
+#define CALL(exported, name, parameters, types, ...) \\
+  int exported parameters { int (*call) types = (int (*) types)find(name); return call ? call(__VA_ARGS__) : 500; }
+CALL(cuDeviceGetName, "cuDeviceGetName", (char *s, int n, int d), (char *, int, int), s, n, d)
+CALL(cuDeviceTotalMem_v2, "cuDeviceTotalMem", (size_t *n, int d), (size_t *, int), n, d)
+CALL(cuDriverGetVersion, "cuDriverGetVersion", (int *v), (int *), v)
+CALL(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (void **c, int d), (void **, int), c, d)
+CALL(cuDevicePrimaryCtxRelease_v2, "cuDevicePrimaryCtxRelease", (int d), (int), d)
+CALL(cuCtxPushCurrent_v2, "cuCtxPushCurrent", (void *c), (void *), c)
+CALL(cuCtxPopCurrent_v2, "cuCtxPopCurrent", (void **c), (void **), c)
+CALL(cuCtxSynchronize, "cuCtxSynchronize", (void), (void))
+CALL(cuMemGetInfo_v2, "cuMemGetInfo", (size_t *f, size_t *t), (size_t *, size_t *), f, t)
+CALL(cuMemAlloc_v2, "cuMemAlloc", (u64 *a, size_t n), (u64 *, size_t), a, n)
+CALL(cuMemFree_v2, "cuMemFree", (u64 a), (u64), a)
+#define COPY_TYPES (u64, u64, size_t, void *)
+CALL(cuMemcpyDtoDAsync_v2, "cuMemcpyDtoDAsync", (u64 t, u64 f, size_t n, void *s), COPY_TYPES, t, f, n, s)
 """
 
 _HANDLE = POINTER(c_void_p)
@@ -65,6 +82,11 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemcpyHtoDAsync": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync": (c_void_p, c_uint64, c_size_t, c_void_p),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
+    "cuDeviceGetName": (c_void_p, c_int, c_int),
+    "cuDeviceTotalMem": (POINTER(c_size_t), c_int),
+    "cuDriverGetVersion": (POINTER(c_int),),
+    "cuCtxSynchronize": (),
+    "cuMemcpyDtoDAsync": (c_uint64, c_uint64, c_size_t, c_void_p),
 }
 
 SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, INVALID_DEVICE = 0, 1, 2, 100, 101
@@ -80,6 +102,9 @@ _TEXTS = {
 }
 _WITHOUT_CONTEXT = (
     "cuInit",
+    "cuDeviceGetName",
+    "cuDeviceTotalMem",
+    "cuDriverGetVersion",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuGetErrorString",
@@ -123,6 +148,7 @@ class FakeDriver:
         violations: rules that were broken.
         memory_bytes: of a GPU.
         capabilities: compute capability of each GPU.
+        attributes: of a GPU, by the numbers of cuda.h: multiprocessors, clocks, width of the memory, cache.
         retained: the GPUs whose primary contexts are held.
     """
 
@@ -144,6 +170,7 @@ class FakeDriver:
         self.violations: list[str] = []
         self.memory_bytes = 1 << 30
         self.capabilities = ((8, 9), (9, 0))
+        self.attributes = {16: 58, 13: 2_040_000, 36: 6_251_000, 37: 192, 38: 50_331_648}
         self.retained: list[int] = []
         self._next = 0x1000
         self._device: dict[int, np.ndarray[Any, Any]] = {}
@@ -230,7 +257,20 @@ class FakeDriver:
         return SUCCESS if ordinal < len(self.capabilities) else INVALID_DEVICE
 
     def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
-        value[0] = self.capabilities[device][attribute - 75]
+        major, minor = self.capabilities[device]
+        found = {75: major, 76: minor, **self.attributes}
+        value[0] = found[attribute]
+
+    def _cuDeviceGetName(self, text: int, length: int, device: int) -> None:
+        name = b"A GPU of the host's memory\0"
+        assert length >= len(name)
+        ctypes.memmove(text, name, len(name))
+
+    def _cuDeviceTotalMem(self, n_bytes: Any, device: int) -> None:
+        n_bytes[0] = self.memory_bytes
+
+    def _cuDriverGetVersion(self, version: Any) -> None:
+        version[0] = 13_000
 
     def _cuGetErrorString(self, status: int, text: Any) -> int:
         text[0] = _TEXTS.get(status)
@@ -309,6 +349,13 @@ class FakeDriver:
     def _cuMemFreeHost(self, address: int) -> None:
         assert not any(self._streams.values()), "memory was freed under work that waits"
         self._pinned.pop(address)[:] = _POISON
+
+    def _cuCtxSynchronize(self) -> None:
+        pass
+
+    def _cuMemcpyDtoDAsync(self, to: int, source: int, n_bytes: int, stream: int) -> None:
+        assert stream is None and self.is_device(to, n_bytes) and self.is_device(source, n_bytes)
+        _copy(to, source, n_bytes)
 
     def _cuMemcpyHtoDAsync(self, to: int, host: int, n_bytes: int, stream: int) -> None:
         assert self.is_device(to, n_bytes) and self.is_pinned(host, n_bytes)

@@ -30,10 +30,13 @@ from zreward.engines import (
     write_engine_info,
 )
 from zreward.export.tensorrt.profiles import profiles
+from zreward.plugins import OPERATORS
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.runtime.backends.ort import OrtSession
 
 GRAPHS = ("vision", "decoder")
+PLUGIN_LAYERS = 7
+"""Of a decoder that was built with plugins."""
 _TYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
 
 Shape = tuple[int, ...]
@@ -53,7 +56,8 @@ def write_engine(
         file = path / f"{graph}.engine"
         file.write_text(json.dumps({"graph": graph, "engine": path.name}))
         inputs = {v.name: tuple(v.shape) for v in session_of(bundle, graph)._session.get_inputs()}
-        graphs[graph] = GraphEngine(file.stat().st_size, file_sha256(file), inputs, sizes[graph])
+        n_plugins = PLUGIN_LAYERS if plugins and graph == "decoder" else 0
+        graphs[graph] = GraphEngine(file.stat().st_size, file_sha256(file), inputs, sizes[graph], n_plugins)
     facts: dict[str, Any] = {
         "flavour": flavour,
         "tensorrt_version": version,
@@ -86,6 +90,7 @@ class FakeLibrary(CheckedModule):
     Attributes:
         scratch_bytes: that a context wants.
         refuses: names of calls that answer with a failure, and the error that the library then logs.
+        without_plugins: operators whose plugins are not in any engine, whatever its record says.
         contexts: execution contexts that are alive.
         runs: shapes of every run that was enqueued, with the profile.
     """
@@ -95,6 +100,7 @@ class FakeLibrary(CheckedModule):
         self.driver, self.bundle, self.real = driver, bundle, module
         self.scratch_bytes = 10_000
         self.refuses: dict[str, str] = {}
+        self.without_plugins: tuple[str, ...] = ()
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.engines: weakref.WeakSet[FakeEngine] = weakref.WeakSet()
         self.runs: list[tuple[int, dict[str, Shape]]] = []
@@ -111,6 +117,7 @@ class FakeLibrary(CheckedModule):
             "ICudaEngine.get_tensor_dtype": lambda engine, name: self._dtype(engine.tensors[name][1]),
             "ICudaEngine.create_runtime_config": lambda engine: Checked(self, module.IRuntimeConfig),
             "ICudaEngine.create_execution_context": self._context,
+            "EngineInspector.get_engine_information": self._layers,
             "IPluginRegistry.load_library": object(),
             "IPluginRegistry.get_creator": object(),
             "IExecutionContext.set_device_memory": FakeContext.set_device_memory,
@@ -168,6 +175,19 @@ class FakeLibrary(CheckedModule):
         context = FakeContext(self, engine)
         self.contexts.add(context)
         return Checked(self, self.real.IExecutionContext, context)
+
+    def _layers(self, engine: FakeEngine, form: Any) -> str:
+        assert form == self.real.LayerInformationFormat.JSON
+        plugins = [OPERATORS[index % len(OPERATORS)] for index in range(engine.record.plugin_layers)]
+        layers = [{"Name": "a product", "LayerType": "gemm"}]
+        layers += [
+            {"Name": f"{name}_{index}", "LayerType": "PluginV3", "PluginType": name}
+            for index, name in enumerate(plugins)
+            if name not in self.without_plugins
+        ]
+        return (
+            "" if self.refused("get_engine_information") else json.dumps({"Layers": layers, "Bindings": []})
+        )
 
     def _location(self, name: str) -> Any:
         return getattr(self.real.TensorLocation, "HOST" if name in self.refuses else "DEVICE")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.runtime.tensorrt import failing, running
+from tests.runtime.tensorrt import conforming, failing, running
 from tests.runtime.tensorrt.world import World
 from tests.support.cuda_driver import FakeDriver
 from zreward import plugins
@@ -42,6 +42,11 @@ SCENARIOS: tuple[Callable[[World], None], ...] = (
     failing.another_gpu_is_named,
     failing.plugins_are_hashed_before_they_are_loaded,
     failing.auto_takes_what_runs,
+    conforming.conformance_with_and_without_plugins,
+    conforming.conformance_of_a_flavour_without_plugins,
+    conforming.conformance_finds_what_is_wrong,
+    conforming.conformance_of_plugins_that_are_not_there,
+    conforming.conformance_that_cannot_begin,
 )
 ALONE: Callable[[World], None] = failing.a_driver_that_lacks_a_function
 """In a process of its own."""

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.runtime.tensorrt import backend_child as child
-from tests.runtime.tensorrt import failing, running
+from tests.runtime.tensorrt import conforming, failing, running
 from tests.support.bundles import accept_changes
 from tests.support.cuda_driver import compile_driver
 from tests.support.tensorrt_api import VERSIONS, bindings_environment, on_linux_x86_64
@@ -30,7 +30,8 @@ from zreward.runtime import Scorer
 
 pytestmark = on_linux_x86_64
 
-ALL = [scenario.__name__ for scenario in child.SCENARIOS]
+OF_RTX = [conforming.conformance_of_a_flavour_without_plugins.__name__]
+ALL = [scenario.__name__ for scenario in child.SCENARIOS if scenario.__name__ not in OF_RTX]
 WHERE_INTERFACES_DIFFER = [
     running.scores_equal_those_of_the_cpu.__name__,
     running.every_call_of_a_run.__name__,
@@ -40,8 +41,11 @@ WHERE_INTERFACES_DIFFER = [
 RTX = "tensorrt-rtx"
 SCENARIOS = {
     VERSIONS[0]: ALL,
-    VERSIONS[1]: WHERE_INTERFACES_DIFFER,
-    RTX: WHERE_INTERFACES_DIFFER[:-1],
+    VERSIONS[1]: [
+        *WHERE_INTERFACES_DIFFER,
+        conforming.conformance_of_plugins_that_are_not_there.__name__,
+    ],
+    RTX: [*WHERE_INTERFACES_DIFFER[:-1], *OF_RTX],
 }
 
 Outcomes = dict[str, str | None]
