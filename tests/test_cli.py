@@ -28,6 +28,7 @@ COMMANDS = (
     "verify",
     "score",
     "bench",
+    "conformance",
     "eval",
     "data",
     "plugins",

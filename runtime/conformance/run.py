@@ -16,7 +16,7 @@ from zreward.runtime.bench.report import BundleFacts
 from zreward.runtime.conformance.examine import Task, examine, unopened
 from zreward.runtime.conformance.gpu import GpuFacts, gpu_facts, memory_in_use
 from zreward.runtime.conformance.plan import ConformancePlan
-from zreward.runtime.conformance.reference import OpenRounded, check_installed, expected_of
+from zreward.runtime.conformance.reference import Expected, OpenRounded, check_installed, expected_of
 from zreward.runtime.conformance.report import ConformanceReport, VariantReport
 from zreward.runtime.conformance.roofline import DeviceLimits, limits_of_cpu, limits_of_gpu
 from zreward.runtime.conformance.tolerances import tolerances_of
@@ -81,7 +81,7 @@ def run_conformance(
         limits=limits,
         variants=tuple(found),
         folder=bundle.path,
-        notes=(*notes, *_notes(bundle, machine, found)),
+        notes=(*notes, *_notes(bundle, machine, expected, found)),
     )
 
 
@@ -120,8 +120,16 @@ def _memory(plan: ConformancePlan, gpu: GpuFacts | None) -> tuple[Callable[[], i
     return (lambda: memory_in_use(plan.device)), "memory of the GPU in use by all processes"
 
 
-def _notes(bundle: Bundle, machine: Machine, found: Sequence[VariantReport]) -> Iterator[str]:
+def _notes(
+    bundle: Bundle, machine: Machine, expected: Expected, found: Sequence[VariantReport]
+) -> Iterator[str]:
     """What the figures alone would not say."""
+    off, allowed = expected.record.golden_difference, bundle.manifest.golden.tolerance
+    if expected.observed and (off is None or off > allowed):
+        yield (
+            "The reference itself does not give the golden scores: ONNX Runtime computes otherwise on this processor. "
+            "Look at the golden scores first."
+        )
     if machine.load_average and machine.load_average[0] > machine.usable_cpus / 2:
         yield (
             f"The machine was busy before the work: a load of {machine.load_average[0]:.1f}, and usable processors: "

@@ -162,8 +162,9 @@ def cycle(
     for number in range(cycles):
         for place, shape in enumerate(shapes):
             heard(number * len(shapes) + place)
-            for _ in range(in_a_row if results[shape.name].error is None else 0):
-                results[shape.name] = _again(shape, results[shape.name], first)
+            for _ in range(in_a_row):
+                if results[shape.name].error is None:
+                    results[shape.name] = _again(shape, results[shape.name], first)
         found = watch()
         used += [] if found is None else [found]
     heard(cycles * len(shapes))

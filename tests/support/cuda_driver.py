@@ -256,10 +256,13 @@ class FakeDriver:
         device[0] = ordinal
         return SUCCESS if ordinal < len(self.capabilities) else INVALID_DEVICE
 
-    def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
+    def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int | None:
         major, minor = self.capabilities[device]
         found = {75: major, 76: minor, **self.attributes}
+        if attribute not in found:
+            return INVALID_VALUE
         value[0] = found[attribute]
+        return None
 
     def _cuDeviceGetName(self, text: int, length: int, device: int) -> None:
         name = b"A GPU of the host's memory\0"
