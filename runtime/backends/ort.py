@@ -28,8 +28,8 @@ class OrtSession:
         path: see `open_session`.
         threads: see `open_session`.
         packed: see `open_session`.
-        plain: run the graph as it is written, without ONNX Runtime's optimizations and without the compiled kernels:
-            slow, and other code than what scores.
+        plain: run the graph as it is written, without ONNX Runtime's optimizations, packed weights and the compiled
+            kernels: slow, and other code than what scores.
     """
 
     def __init__(self, path: Path, *, threads: int | None, packed: bool = True, plain: bool = False) -> None:
@@ -58,7 +58,8 @@ class OrtSession:
         kernels = None if plain else compiled_library()
         if plain:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if not packed:  # the kernels pack their weights too
+        # Without optimizations, version 1.31.1 packs weights of MatMulNBits without their scales: garbage.
+        if not packed or plain:  # the kernels pack their weights too
             options.add_session_config_entry("session.disable_prepacking", "1")
         elif kernels is not None:
             _register(options, kernels)

@@ -1,7 +1,8 @@
 """What providers are compared with: ONNX Runtime on the CPU, and the golden scores of the bundle.
 
 The provider "cpu" is itself ONNX Runtime on the CPU. It is compared with the same graphs as they are written: no
-optimizations, none of zreward's compiled kernels, one thread. Other code computes the same there, operator by operator.
+optimizations, no packed weights, none of zreward's compiled kernels, one thread. Other code computes the same there,
+operator by operator.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def expected_of(
     threads = 1 if plain else plan.threads
     what = "ONNX Runtime on the CPU"
     if plain:
-        what += ", graphs as they are written: no optimizations, no compiled kernels, one thread"
+        what += (
+            ", graphs as they are written: no optimizations, packed weights or kernels of ours; one thread"
+        )
 
     def opened(path: Path) -> Session:
         return OrtSession(path, threads=threads, plain=plain)
