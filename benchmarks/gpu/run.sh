@@ -10,8 +10,8 @@
 # the packages of zreward[gpu,export] are installed: `pip install -e '.[gpu,export]'`, without onnxruntime for CPUs. No
 # network.
 #
-# OUT (by default build/gpu) gets the library, every figure in cases.json, times.json, onnxruntime.json and machine.txt,
-# and the sanitizer's words. The exit status is 0 where all cases passed and the sanitizer found nothing. STEPS=kernels
+# OUT (by default build/gpu) gets the library, every figure in cases.json, times.json, onnxruntime.json, conformance-*.json and
+# machine.txt, and the sanitizer's words. The exit status is 0 where all cases passed and the sanitizer found nothing. STEPS=kernels
 # or STEPS=onnxruntime runs one part alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -76,6 +76,11 @@ onnxruntime() {
   echo "== ONNX Runtime's CUDA provider"
   # A GPU or a package that is missing is an error of each case.
   "$python" -m benchmarks.gpu.onnxruntime_cuda --out "$out/onnxruntime" --json "$out/onnxruntime.json" || status=1
+  for bundle in "$out"/onnxruntime/bundles/*/; do
+    echo "== zreward conformance of $(basename "$bundle")"
+    "$python" -m zreward.cli conformance "$bundle" --provider cuda --force \
+      --output "$out/conformance-$(basename "$bundle").json" || status=1
+  done
 }
 
 for step in $steps; do

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from ctypes import byref, c_char, c_int, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 
-from zreward.cuda_device import call_driver, compute_capability, load_driver
+from zreward.cuda_device import call_driver, compute_capability, driver_cuda_version, load_driver
 from zreward.errors import BackendError
 
 # CU_DEVICE_ATTRIBUTE_… of cuda.h
@@ -52,10 +52,10 @@ def gpu_facts(device: int = 0) -> GpuFacts:
     """
     capability, driver = compute_capability(device), load_driver()
     handle = _handle(driver, device)
-    name, total, version = (c_char * 256)(), c_size_t(), c_int()
+    name, total = (c_char * 256)(), c_size_t()
+    major, minor = driver_cuda_version()
     call_driver(driver, "cuDeviceGetName", name, len(name), handle)
     call_driver(driver, "cuDeviceTotalMem_v2", byref(total), handle)
-    call_driver(driver, "cuDriverGetVersion", byref(version))
 
     def attribute(number: int) -> int:
         value = c_int()
@@ -66,7 +66,7 @@ def gpu_facts(device: int = 0) -> GpuFacts:
     return GpuFacts(
         name=name.value.decode(errors="replace"),
         compute_capability=capability,
-        cuda_version=f"{version.value // 1000}.{version.value % 1000 // 10}",
+        cuda_version=f"{major}.{minor}",
         memory_bytes=total.value,
         multiprocessors=attribute(_MULTIPROCESSORS),
         clock_khz=attribute(_CLOCK_KHZ),

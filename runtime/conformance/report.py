@@ -163,8 +163,9 @@ class ConformanceReport:
         """The JSON form: the bundle's folder by its last name, the user's own as ~."""
         data = dataclasses.asdict(self)
         del data["folder"]
-        asked = ("cycles", "repetitions", "threads", "device", "build", "without_plugins")
+        asked = ("cycles", "repetitions", "threads", "build", "without_plugins")
         data["plan"] = {name: getattr(self.plan, name) for name in asked}
+        data["plan"] |= {name: getattr(self.plan.gpu, name) for name in ("device", "memory_bytes")}
         for entry, variant in zip(data["variants"], self.variants, strict=True):
             entry["passed"] = variant.passed
             for check, written in zip(variant.checks, entry["checks"], strict=True):

@@ -17,14 +17,13 @@ from time import perf_counter
 
 import numpy as np
 
-from zreward.bundle import Bundle, Work
+from zreward.bundle import NARROW_TARGETS, Bundle, Work
 from zreward.onnx_locations import external_locations
 from zreward.runtime.bench.bound import Operations, stage_operations
 from zreward.runtime.bench.machine import Machine, usable_cpus
 from zreward.runtime.bench.rates import measure_rate
 from zreward.runtime.bench.stages import PARTS, Tokens
 from zreward.runtime.conformance.gpu import GpuFacts, copied_bytes_per_second
-from zreward.runtime.conformance.tolerances import COMPUTING_TARGETS
 
 PRODUCTS = ("int8", "bits16", "tf32", "float32")
 """Kinds of products: `bits16` is float16 and bfloat16, `tf32` what plugins multiply DeltaNet states in."""
@@ -142,7 +141,7 @@ def stage_bounds(
         on_gpu: whether 16-bit graphs multiply in 16 bits; ONNX Runtime's CPU does in float32.
     """
     work, manifest = bundle.manifest.work, bundle.manifest
-    narrow = on_gpu and manifest.weights != "fp32" and manifest.target in COMPUTING_TARGETS
+    narrow = on_gpu and manifest.weights != "fp32" and manifest.target in NARROW_TARGETS
     kind = "bits16" if narrow else "float32"
     counted = {} if work is None else stage_operations(work, tokens, 1)
     # The part of the floats that DeltaNet states take, which plugins multiply in another type.

@@ -56,7 +56,7 @@ def run_conformance(
     check_installed()
     variants = prepared(bundle, plan, build)
     machine = describe_machine()
-    gpu = None if plan.provider == "cpu" else gpu_facts(plan.device)
+    gpu = None if plan.provider == "cpu" else gpu_facts(plan.gpu.device)
     tolerances = tolerances_of(bundle, on_gpu=gpu is not None)
     notes: list[str] = []
     limits = _limits(plan, machine, gpu, notes)
@@ -107,7 +107,7 @@ def _limits(plan: ConformancePlan, machine: Machine, gpu: GpuFacts | None, notes
     if gpu is None:
         return limits_of_cpu(machine, plan.threads)
     try:
-        return limits_of_gpu(gpu, plan.device)
+        return limits_of_gpu(gpu, plan.gpu.device)
     except BackendError as error:
         notes.append(f"There are no bounds: the GPU could not be measured ({error}).")
         return DeviceLimits(gpu.name, {}, None, None, None)
@@ -117,7 +117,7 @@ def _memory(plan: ConformancePlan, gpu: GpuFacts | None) -> tuple[Callable[[], i
     """What tells how much memory is in use, and whose that is."""
     if gpu is None:
         return resident_bytes, "resident memory of the process"
-    return (lambda: memory_in_use(plan.device)), "memory of the GPU in use by all processes"
+    return (lambda: memory_in_use(plan.gpu.device)), "memory of the GPU in use by all processes"
 
 
 def _notes(

@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from zreward.bundle import Bundle
+from zreward.bundle import NARROW_TARGETS, Bundle
 
 RESERVE_SHARE = 0.1
 """Of the host's memory in use, what may be added to it, where that is more than the tolerance."""
-
-COMPUTING_TARGETS = ("cuda", "tensorrt")
-"""Targets whose graphs compute in the type of their weights; the others only store it, and compute in float32."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def arithmetic_of(bundle: Bundle) -> str:
     manifest = bundle.manifest
     if manifest.quantization is not None:
         return "quantized"
-    return _TYPES[manifest.weights] if manifest.target in COMPUTING_TARGETS else "float32"
+    return _TYPES[manifest.weights] if manifest.target in NARROW_TARGETS else "float32"
 
 
 def tolerances_of(bundle: Bundle, *, on_gpu: bool) -> Mapping[str, Tolerance]:

@@ -12,6 +12,7 @@ from zreward.engines import ENGINES_FOLDER, BuiltEngine, engine_name, select_eng
 from zreward.errors import BackendError, UsageError
 from zreward.plugins import LOCATION, PluginLibrary, find_library
 from zreward.runtime.backends import OpenGraphs, open_graphs
+from zreward.runtime.backends.providers import check_target
 from zreward.runtime.conformance.plan import ConformancePlan
 from zreward.tensorrt_library import FLAVOURS, flavour_named, load_tensorrt
 
@@ -46,22 +47,16 @@ def prepared(bundle: Bundle, plan: ConformancePlan, build: Build) -> tuple[Varia
         UsageError: plugins were asked for and there are none, or an engine is in the way of a new one.
         ZrewardError: whatever `build` raises.
     """
+    check_target(bundle, plan.provider)
     if plan.provider not in FLAVOURS:
-        if plan.plugins is not None or plan.build:
-            raise UsageError(
-                f"the provider {plan.provider} has neither engines nor plugins; leave --build and --plugins out"
-            )
+        if plan.build:
+            raise UsageError(f"the provider {plan.provider} runs no engine of a bundle; leave --build out")
         return (_as_it_is(bundle, plan),)
-    from zreward.runtime.backends.tensorrt.opening import check_target
-
-    check_target(bundle)
     takes_plugins = flavour_named(plan.provider).takes_plugins
     once = "" if takes_plugins else f"{flavour_named(plan.provider).title} has no plugins in its networks"
-    if plan.plugins is not None and not takes_plugins:
-        raise UsageError(f"{once}; leave --plugins out")
     if plan.without_plugins and not once:
         once = "--no-plugins leaves them out"
-    capability = compute_capability(plan.device)
+    capability = compute_capability(plan.gpu.device)
     version = str(load_tensorrt(plan.provider).__version__)
     libraries: list[Path | None] = [None]
     if not once:
@@ -71,9 +66,9 @@ def prepared(bundle: Bundle, plan: ConformancePlan, build: Build) -> tuple[Varia
 
 def _as_it_is(bundle: Bundle, plan: ConformancePlan) -> Variant:
     def opened() -> OpenGraphs:
-        return open_graphs(bundle, provider=plan.provider, threads=plan.threads)
+        return open_graphs(bundle, provider=plan.provider, threads=plan.threads, gpu=plan.gpu)
 
-    once = f"the provider {plan.provider} is examined once, as it is: it loads no plugins of zreward"
+    once = f"the provider {plan.provider} is examined once, as it is: it runs no engine of a bundle"
     return Variant("as_it_is", plan.provider, opened, once=once)
 
 
@@ -116,7 +111,7 @@ def _engine(
         raise BackendError(f"the engine that was built does not fit this machine: {reason}")
 
     def opened() -> OpenGraphs:
-        return open_engine(bundle, flavour=plan.provider, device=plan.device, plugins=library)
+        return open_engine(bundle, flavour=plan.provider, device=plan.gpu.device, plugins=library)
 
     kind = "without" if library is None else "with"
     title = f"{kind} plugins"
@@ -127,11 +122,11 @@ def _engine(
 
 def _library(plan: ConformancePlan, version: str) -> Path:
     """The library of plugins, checked to be the one that was built, for this version of TensorRT."""
-    path = plan.plugins or find_library()
+    path = plan.gpu.plugins or find_library()
     if path is None:
         raise UsageError(
             "there is no library of plugins: build one with `zreward plugins build --tensorrt DIR`, name one with "
-            f"--plugins or {LOCATION}, or examine engines without plugins alone with --no-plugins"
+            f"--gpu plugins=FILE or {LOCATION}, or examine engines without plugins alone with --no-plugins"
         )
     PluginLibrary.open(path).check_version(version)
     return path

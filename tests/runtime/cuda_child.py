@@ -19,6 +19,7 @@ from zreward.errors import ZrewardError
 from zreward.image import preprocess
 from zreward.runtime.backends import ort_gpu
 from zreward.runtime.backends.options import GpuOptions
+from zreward.runtime.conformance import ConformancePlan, gpu, run_conformance, shapes, timing
 from zreward.runtime.engine import DecoderState, Engine
 
 SIZES = (
@@ -126,6 +127,21 @@ def _opened(path: str, provider: str, options: str) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def conforms(path: str, options: str) -> dict[str, Any]:
+    """The report of `zreward conformance --provider cuda`, of few sizes."""
+
+    def build(*_: object) -> None:
+        raise AssertionError("there is no engine to build")
+
+    every = shapes.shapes_of
+    shapes.shapes_of = lambda *given: every(*given)[-2:]
+    timing.WARM_UP = gpu._COPIED_BYTES = 1
+    plan = ConformancePlan("cuda", gpu=GpuOptions.parse(options), cycles=2, repetitions=1, threads=1)
+    return run_conformance(path, plan, build=build).to_dict()
+
+
 if __name__ == "__main__":
-    functions: dict[str, Callable[..., Any]] = {f.__name__: f for f in (graphs, loads, moves, stages, opens)}
+    functions: dict[str, Callable[..., Any]] = {
+        f.__name__: f for f in (graphs, loads, moves, stages, opens, conforms)
+    }
     print(json.dumps(functions[sys.argv[1]](*sys.argv[2:])))

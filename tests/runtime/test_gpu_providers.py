@@ -13,10 +13,12 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import onnx
 import pytest
 
 from tests.support.bundles import lowered_here
+from tests.support.conformance import SCHEMA
 from tests.support.cuda_stubs import cuda_child, needs_wheel
 from tests.support.models import Shape, write_checkpoint
 from zreward.bundle import Bundle
@@ -97,6 +99,19 @@ def test_the_bundle_answers_on_the_cpu_too(cuda_bundle: Path) -> None:
     report = verify_bundle(cuda_bundle, provider="cpu")
     assert report.n_golden == len(Bundle.open(cuda_bundle).golden_items())
     assert report.max_probability_difference < 1e-5
+
+
+@needs_wheel
+def test_conformance_finds_kernels_that_compute_nothing(cuda_stubs: Path, cuda_bundle: Path) -> None:
+    report = cuda_child(cuda_stubs, "conforms", cuda_bundle, "memory=1GiB")
+    jsonschema.Draft202012Validator(SCHEMA).validate(report)
+    assert not report["passed"] and report["gpu"]["name"] == "host memory"
+    assert report["plan"]["memory_bytes"] == 1 << 30
+    (variant,) = report["variants"]
+    assert "runs no engine of a bundle" in variant["once"]
+    verdicts = {check["name"]: check["verdict"] for check in variant["checks"]}
+    assert {verdicts[name] for name in ("opens", "shapes", "refusal", "memory")} == {"pass"}
+    assert {verdicts[name] for name in ("golden", "vision_features", "states_after_image")} == {"fail"}
 
 
 @needs_wheel

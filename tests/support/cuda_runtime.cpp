@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -172,7 +173,25 @@ int cuInit(unsigned) { return 0; }
 int cuDriverGetVersion(int* version) { return cudaDriverGetVersion(version); }
 int cuDeviceGet(int* found, int device) { return *found = device, device ? 101 : 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  return *value = attribute == 75 ? capability() / 10 : capability() % 10, 0;
+  return *value = attribute == 75 ? capability() / 10 : attribute == 76 ? capability() % 10 : 0, 0;
+}
+int cuDeviceGetName(char* text, int length, int) { return std::snprintf(text, length, "host memory"), 0; }
+int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = size_t{80} << 30, 0; }
+int cuMemGetInfo_v2(size_t* free, size_t* total) { return cudaMemGetInfo(free, total); }
+int cuDevicePrimaryCtxRetain(void** context, int) { return made(context); }
+int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuCtxPushCurrent_v2(void*) { return 0; }
+int cuCtxPopCurrent_v2(void** context) { return made(context); }
+int cuCtxSynchronize() { return 0; }
+int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
+  void* found;
+  const auto status = allocate(&found, bytes);
+  *address = reinterpret_cast<unsigned long long>(found);
+  return status;
+}
+int cuMemFree_v2(unsigned long long address) { return release(reinterpret_cast<void*>(address)); }
+int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void*) {
+  return copy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
 }
 int cuGetErrorString(int, const char** text) { return *text = "invalid device ordinal", 0; }
 }

@@ -12,6 +12,7 @@ import typer
 from zreward.commands import console
 from zreward.commands.bundles import BundleArgument
 from zreward.commands.outputs import check_files, say_written
+from zreward.commands.providers import GpuOption, gpu_options
 from zreward.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 def conformance(
     bundle: BundleArgument,
     provider: Annotated[
-        str, typer.Option(metavar="NAME", help="What to examine: tensorrt, tensorrt-rtx or cpu.")
+        str,
+        typer.Option(
+            metavar="NAME", help="What to examine: tensorrt, tensorrt-rtx, cuda, ort-tensorrt or cpu."
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -39,12 +43,7 @@ def conformance(
     build: Annotated[
         bool, typer.Option("--build", help="Build engines anew, also where there are some for this machine.")
     ] = False,
-    plugins: Annotated[
-        Path | None,
-        typer.Option(
-            help="Library of plugins; by default ZREWARD_PLUGINS, or the one in the user's cache. TensorRT only."
-        ),
-    ] = None,
+    gpu: GpuOption = "",
     no_plugins: Annotated[
         bool, typer.Option("--no-plugins", help="Examine the engine without plugins alone.")
     ] = False,
@@ -66,7 +65,7 @@ def conformance(
 
     plan = ConformancePlan(
         provider,
-        plugins=plugins,
+        gpu=gpu_options(gpu),
         without_plugins=no_plugins,
         build=build,
         cycles=cycles,

@@ -17,6 +17,7 @@ from zreward.engines import BuiltEngine, EngineInfo, GraphEngine
 from zreward.errors import BackendError, UsageError
 from zreward.export.tensorrt.profiles import profiles
 from zreward.runtime.backends import open_graphs
+from zreward.runtime.backends.options import GpuOptions
 from zreward.runtime.backends.tensorrt.context import LoadedEngine
 from zreward.runtime.backends.tensorrt.inspection import EngineLayer, layers_of
 from zreward.runtime.bench.bound import stage_operations
@@ -265,9 +266,13 @@ def test_layers_as_an_inspector_tells_them(text: str, layers: list[EngineLayer] 
         ({"provider": "cpu", "cycles": 1}, "cycles must be 2 to 1,000, not 1"),
         ({"provider": "cpu", "repetitions": 0}, "repetitions must be 1 to 1,000"),
         ({"provider": "cpu", "threads": 0}, "threads must be 1 to"),
-        ({"provider": "tensorrt", "device": -1}, "device must be 0 to"),
+        ({"provider": "cpu", "gpu": GpuOptions(device=1)}, "uses no GPU"),
         (
-            {"provider": "tensorrt", "plugins": Path("p.so"), "without_plugins": True},
+            {"provider": "tensorrt", "gpu": GpuOptions(memory_bytes=1 << 30)},
+            "'memory': the provider tensorrt",
+        ),
+        (
+            {"provider": "tensorrt", "gpu": GpuOptions(plugins=Path("p.so")), "without_plugins": True},
             "contradict each other",
         ),
     ],

@@ -19,6 +19,7 @@ from tests.support.tensorrt_engines import PLUGIN_LAYERS
 from zreward.bundle import Bundle
 from zreward.errors import BackendError, BundleError, PluginError, UsageError, ZrewardError
 from zreward.plugins import OPERATORS
+from zreward.runtime.backends.options import GpuOptions
 from zreward.runtime.backends.tensorrt.session import EngineSession
 from zreward.runtime.conformance import (
     ConformancePlan,
@@ -62,7 +63,8 @@ class Bench:
         self.world.write_engine(plugins=plugins, images=2)
 
     def run(self, *, in_full: bool = False, **options: Any) -> ConformanceReport:
-        plan = {"provider": self.world.flavour, "plugins": self.library, "cycles": 2, "repetitions": 1}
+        use = GpuOptions(plugins=options.pop("plugins", self.library))
+        plan = {"provider": self.world.flavour, "gpu": use, "cycles": 2, "repetitions": 1}
         every, items, asked = shapes.shapes_of, Bundle.golden_items, list[Limits]()
 
         def shapes_of(subject: Subject, limits: Limits) -> list[Shape]:
@@ -145,7 +147,7 @@ def conformance_of_a_flavour_without_plugins(world: World) -> None:
     (variant,) = report.variants
     assert "TensorRT-RTX has no plugins" in variant.once and variant.plugin_layers == {}
     assert any("TensorRT-RTX captures its own" in note for note in report.notes)
-    assert "leave --plugins out" in bench.refused(UsageError, plugins=world.image)
+    assert "takes only device" in bench.refused(UsageError, plugins=world.image)
 
 
 def conformance_finds_what_is_wrong(world: World) -> None:
