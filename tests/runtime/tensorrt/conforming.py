@@ -9,11 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
-from tests.conftest import ROOT
 from tests.runtime.tensorrt.world import World
+from tests.support.conformance import checked_json, failures
 from tests.support.plugins import recorded_library
 from tests.support.tensorrt_engines import PLUGIN_LAYERS
 from zreward.bundle import Bundle
@@ -36,8 +35,6 @@ from zreward.runtime.conformance.checks import FAIL, PASS
 from zreward.runtime.conformance.reference import Expected, expected_of
 from zreward.runtime.conformance.shapes import Limits, Shape
 from zreward.runtime.conformance.stages import Subject
-
-SCHEMA = json.loads((ROOT / "zreward/assets/schemas/conformance.schema.json").read_text("utf-8"))
 
 
 class Bench:
@@ -82,9 +79,7 @@ class Bench:
                 patch.setattr(run, "expected_of", _expected_once)
             report = run_conformance(self.world.path, ConformancePlan(**plan | options), build=self.build)
         self.world.assert_clean()
-        data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-        jsonschema.Draft202012Validator(SCHEMA).validate(data)
-        assert str(self.world.folder) not in json.dumps(data)
+        assert str(self.world.folder) not in json.dumps(checked_json(report))
         return report
 
     def refused(self, error: type[ZrewardError], **options: Any) -> str:
@@ -100,10 +95,6 @@ class Bench:
 
 def verdicts(report: ConformanceReport, number: int = 0) -> dict[str, str]:
     return {check.name: check.verdict for check in report.variants[number].checks}
-
-
-def failures(report: ConformanceReport, number: int = 0) -> dict[str, str]:
-    return {check.name: check.detail for check in report.variants[number].checks if check.verdict == FAIL}
 
 
 def conformance_with_and_without_plugins(world: World) -> None:
