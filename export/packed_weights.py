@@ -47,6 +47,7 @@ _NUMPY_DTYPES: dict[ir.DataType, Any] = {
     ir.DataType.FLOAT: np.float32,
     ir.DataType.INT4: np.uint8,
     ir.DataType.UINT4: np.uint8,
+    ir.DataType.FLOAT8E4M3FN: np.uint8,
 }
 _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 
@@ -106,7 +107,9 @@ class PackedTensor(StreamedTensor):
         (values,) = self.blocks()
         if self.dtype in _PACKED:
             return ir.PackedTensor(values.reshape(-1), self.dtype, shape=self.shape, name=self.name)
-        return ir.Tensor(values.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
+        return ir.Tensor(
+            values.reshape(self.shape.numpy()).view(self.dtype.numpy()), dtype=self.dtype, name=self.name
+        )
 
 
 def block_size(group_size: int, in_features: int) -> int:
@@ -160,7 +163,7 @@ def signed_columns(weight: QuantizedWeight) -> NDArray[np.int8]:
 
 
 def matrix_codes(weight: QuantizedWeight) -> NDArray[np.uint8]:
-    """Codes for DequantizeLinear: [K, N], symmetric ones in two's complement around zero."""
+    """Codes for DequantizeLinear: [K, N], whole numbers of symmetric ones in two's complement around zero."""
     codes = _grouped_codes(weight)
     if weight.format.symmetric:
         codes = codes ^ np.uint8(weight.format.middle)

@@ -127,7 +127,7 @@ def plan_quantization(
     method = options.method or ("gptq" if calibration else "rtn")
     if method != "rtn" and calibration is None:
         raise QuantizationError(f"{method} needs calibration data; give --calibration FILE, or --method rtn")
-    if method == "rtn" and any(chosen.activations == "int8-static" for chosen in table.formats.values()):
+    if method == "rtn" and any(chosen.has_static_inputs for chosen in table.formats.values()):
         raise QuantizationError(
             f"{target} rounds inputs with scales that calibration finds; give --calibration FILE and no --method "
             "rtn, or keep the inputs as they are with int8-weight"
@@ -173,11 +173,11 @@ def _on_target(
                 f"{layer}: ONNX Runtime's CUDA provider has no product that rounds its inputs to 8 bits, as {written} "
                 "wants; keep the inputs with int8-weight, or export with --target tensorrt"
             )
-        if chosen.activations == "int8-static" and not is_tensorrt:
-            raise QuantizationError(
-                f"{layer}: {written} is for --target tensorrt; this target finds the scales of inputs itself, "
-                "with int8"
+        if chosen.has_static_inputs and not is_tensorrt:
+            other = (
+                "use int8" if chosen.is_float8 else "this target finds the scales of inputs itself, with int8"
             )
+            raise QuantizationError(f"{layer}: {written} is for --target tensorrt; {other}")
     if is_tensorrt and options.budget is not None:
         raise UsageError(
             "--budget mixes groups of 8 bits, which TensorRT cannot multiply; name exceptions in --quant instead"

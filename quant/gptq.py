@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zreward.errors import QuantizationError
-from zreward.quant.rtn import assembled, decode, grid, storable
+from zreward.quant.rtn import assembled, decode, grid, levels_of, nearest_levels, storable
 from zreward.quant.tensor import QuantizedWeight, WeightFormat
 
 DOUBLE_UP_TO = 2048
@@ -132,7 +132,7 @@ def quantize_gptq(
     if refine_passes:
         damped = _damped(hessian, damping)
         for _ in range(refine_passes):
-            scales = _fitted_scales(weight, damped, codes, scales, zeros)
+            scales = _fitted_scales(weight, damped, codes, scales, zeros, fmt)
             codes, changed = _descended(weight, damped, codes, scales, zeros, fmt, block)
             if not changed:
                 break
@@ -210,7 +210,7 @@ def _propagated(
     visit = natural if order is None else order
     rows_IO = weight.detach().T[visit].to(factor.dtype).contiguous()
     codes_IO = torch.empty(rows_IO.shape, dtype=torch.uint8, device=weight.device)
-    scales_GO, zeros_GO = scales.T.to(factor.dtype).contiguous(), zeros.T.to(factor.dtype).contiguous()
+    scales_GO, zeros_GO = (grid_OG.T.to(factor.dtype).contiguous() for grid_OG in (scales, zeros))
     groups = (visit // (inputs // len(scales_GO))).tolist()
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
@@ -218,9 +218,8 @@ def _propagated(
         errors = torch.empty_like(head)
         for i in range(stop - start):
             scale, zero = scales_GO[groups[start + i]], zeros_GO[groups[start + i]]
-            code = (head[i] / scale).round_().add_(zero).clamp_(0, fmt.max_code)
-            codes_IO[start + i] = code
-            errors[i] = (head[i] - (code - zero) * scale) / triangle[i, i]
+            level, codes_IO[start + i] = nearest_levels(head[i] / scale, zero, fmt)
+            errors[i] = (head[i] - level * scale) / triangle[i, i]
             head[i + 1 :].addr_(triangle[i, i + 1 :], errors[i], alpha=-1)
         rows_IO[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     restored = torch.empty_like(codes_IO)
@@ -228,24 +227,28 @@ def _propagated(
     return restored.T
 
 
-def _gradient(weight: Tensor, damped: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def _gradient(
+    weight: Tensor, damped: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, fmt: WeightFormat
+) -> Tensor:
     """H (Q − W)ᵀ, [in, out]: half of the proxy error's gradient."""
-    difference = decode(codes, scales, zeros).sub_(weight)
+    difference = decode(codes, scales, zeros, fmt).sub_(weight)
     return damped @ difference.T.to(damped.dtype)
 
 
-def _fitted_scales(weight: Tensor, damped: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def _fitted_scales(
+    weight: Tensor, damped: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, fmt: WeightFormat
+) -> Tensor:
     """Scales [out, groups], one group after the other least-squares optimal given all else.
 
     A change s → s + δ of a group with levels c changes the error by 2δ cᵀg + δ² cᵀHc, where g is the group's part
     of H (Q − W)ᵀ. It is made where that is negative for the δ that float16 leaves.
     """
-    gradient_IO = _gradient(weight, damped, codes, scales, zeros)
+    gradient_IO = _gradient(weight, damped, codes, scales, zeros, fmt)
     fitted = scales.clone()
     size = codes.shape[1] // scales.shape[1]
     for group in range(scales.shape[1]):
         start, stop = group * size, (group + 1) * size
-        levels = (codes[:, start:stop].to(damped.dtype) - zeros[:, group, None].to(damped.dtype)).T
+        levels = levels_of(codes[:, start:stop], zeros[:, group, None], fmt).to(damped.dtype).T
         slope = (gradient_IO[start:stop] * levels).sum(0)
         curvature = ((damped[start:stop, start:stop] @ levels) * levels).sum(0)
         old = scales[:, group].to(damped.dtype)
@@ -268,22 +271,24 @@ def _descended(
     block: int,
 ) -> tuple[Tensor, int]:
     """One pass of coordinate descent: the best code of each input given all others; and how many changed."""
-    gradient_IO = _gradient(weight, damped, codes, scales, zeros)
+    gradient_IO = _gradient(weight, damped, codes, scales, zeros, fmt)
     inputs = codes.shape[1]
     size = inputs // scales.shape[1]
-    codes_IO = codes.T.to(damped.dtype).contiguous()
-    before = codes_IO.clone()
-    scales_GO = scales.T.to(damped.dtype).contiguous()
+    codes_IO = codes.T.clone(memory_format=torch.contiguous_format)
+    levels = levels_of(codes.reshape(*scales.shape, -1), zeros[:, :, None], fmt).reshape(codes.shape)
+    levels_IO = levels.T.to(damped.dtype).contiguous()
+    scales_GO, zeros_GO = (grid_OG.T.to(damped.dtype).contiguous() for grid_OG in (scales, zeros))
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         head, square = gradient_IO[start:stop], damped[start:stop, start:stop]
         changes = torch.empty_like(head)
         for i in range(stop - start):
-            scale, old = scales_GO[(start + i) // size], codes_IO[start + i]
-            # The error is a parabola in the code: the whole number nearest to its vertex is the best.
-            best = (old - head[i] / (square[i, i] * scale)).round_().clamp_(0, fmt.max_code)
+            group, old = (start + i) // size, levels_IO[start + i]
+            scale = scales_GO[group]
+            # The error is a parabola in the level: the one nearest to its vertex is the best.
+            vertex = old - head[i] / (square[i, i] * scale)
+            best, codes_IO[start + i] = nearest_levels(vertex, zeros_GO[group], fmt)
             changes[i] = (best - old) * scale
-            codes_IO[start + i] = best
             head[i + 1 :].addr_(square[i + 1 :, i], changes[i])
         gradient_IO[stop:].addmm_(damped[stop:, start:stop], changes)
-    return codes_IO.to(torch.uint8).T, int((codes_IO != before).sum())
+    return codes_IO.T, int((codes_IO != codes.T).sum())

@@ -102,17 +102,18 @@ def watched_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[
 
 
 def quantize_inputs(
-    _: nn.Module, arguments: tuple[Tensor, ...], scale: float | None = None
+    _: nn.Module, arguments: tuple[Tensor, ...], activations: str, scale: float | None = None
 ) -> tuple[Tensor, ...]:
     """A forward pre-hook: the layer reads its input as 8-bit rows, or with a static scale."""
     x = arguments[0]
-    return (fake_quantize_rows(x) if scale is None else fake_quantize_static(x, scale), *arguments[1:])
+    read = fake_quantize_rows(x) if scale is None else fake_quantize_static(x, scale, activations)
+    return (read, *arguments[1:])
 
 
 def rounded(x: Tensor, chosen: WeightFormat) -> Tensor:
     """What the runtime's product reads in place of x [..., in], with weights of a format.
 
-    For whole-number products these are rows of 8 bits, or all inputs on one grid. Products that dequantize their
+    Where inputs are quantized too, these are rows of 8 bits, or all inputs on one grid. Products that dequantize their
     weights round their inputs too: MatMulNBits of ONNX Runtime with accuracy level 4, to 8 bits with a scale for each
     group of inputs.
     """

@@ -95,7 +95,7 @@ def quantize(
     if method != "rtn" and not items:
         raise QuantizationError(f"{method} needs calibration items; give --calibration FILE, or --method rtn")
     table = plan(checkpoint, options)
-    if method == "rtn" and any(chosen.activations == "int8-static" for chosen in table.formats.values()):
+    if method == "rtn" and any(chosen.has_static_inputs for chosen in table.formats.values()):
         raise QuantizationError(
             "static scales of inputs come from calibration; give --calibration FILE and no --method rtn, or keep "
             "the inputs with int8-weight"
@@ -200,10 +200,10 @@ class _Calibrated:
         self._smooth_block(block, module, formats, states)
         for unit in units_of(block.kind, formats):
             first = unit.layers[0]
-            is_static = formats[first].activations == "int8-static"
-            histogram = MagnitudeHistogram() if is_static else None
+            activations = formats[first].activations
+            histogram = MagnitudeHistogram() if formats[first].has_static_inputs else None
             found = input_hessians(self.network, block, module, [first], states, self.weights, histogram)
-            hessian, scale = found[first], histogram.scale if histogram else None
+            hessian, scale = found[first], histogram.scale_for(activations) if histogram else None
             for layer in unit.layers:
                 name = f"{block.prefix}{layer}.weight"
                 linear = linear_of(module, layer)
@@ -214,8 +214,9 @@ class _Calibrated:
                 self.done += self.checkpoint.info(name).n_bytes
                 self.report("quantizing", self.done, self.total)
             if formats[first].rounds_inputs:
+                hook = partial(quantize_inputs, activations=activations, scale=scale)
                 for layer in unit.layers:
-                    linear_of(module, layer).register_forward_pre_hook(partial(quantize_inputs, scale=scale))
+                    linear_of(module, layer).register_forward_pre_hook(hook)
 
     def _smooth_block(
         self,
@@ -224,10 +225,14 @@ class _Calibrated:
         formats: Mapping[str, WeightFormat],
         states: list[Activations],
     ) -> None:
-        """Fold scales in front of every unit whose inputs are to be rounded, before any of its block is."""
+        """Fold scales in front of every unit whose inputs become whole numbers, before any of its block is.
+
+        Floats of 8 bits are as fine for a small channel as for a large one.
+        """
         changed: set[str] = set()
         for unit in units_of(block.kind, formats):
-            if formats[unit.layers[0]].rounds_inputs:
+            chosen = formats[unit.layers[0]]
+            if chosen.rounds_inputs and not chosen.is_float8:
                 found = smooth(self.network, block, module, unit, formats, states)
                 changed.update(found.changed)
                 names = [f"{block.prefix}{layer}.weight" for layer in unit.layers]

@@ -3,7 +3,8 @@
 The largest weight of a group would fix its scale; a smaller scale clips that weight and rounds all others more
 finely. The search tries a few shrink factors, then refits the scale to the codes (least squares), and keeps what
 has the least squared error, each input weighted by its mean square. Every error is measured with the scale as
-float16 stores it, so the result is never worse than the scale that clips nothing.
+float16 stores it, so the result is never worse than the scale that clips nothing. Floats of 8 bits round small weights
+finely anyway: there the largest weight of an output fixes the scale.
 
 Work goes by blocks of rows that stay near a processor's cache: memory does not grow with the matrix.
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zreward.errors import QuantizationError
+from zreward.quant.float8 import LARGEST, nearest_float8
 from zreward.quant.tensor import QuantizedWeight, WeightFormat
 
 SHRINK = {4: tuple(1 - 0.04 * step for step in range(11)), 8: tuple(1 - 0.02 * step for step in range(6))}
@@ -57,7 +59,7 @@ def quantize_rtn(
 def fake_quantize(weight: Tensor, fmt: WeightFormat, importance: Tensor | None = None) -> Tensor:
     """The float32 [out, in] matrix that `quantize_rtn` stands for, on the device of `weight`."""
     scales, zeros = grid(weight, fmt, importance)
-    return decode(encode(weight, fmt, scales, zeros), scales, zeros)
+    return decode(encode(weight, fmt, scales, zeros), scales, zeros, fmt)
 
 
 def grid(
@@ -70,6 +72,8 @@ def grid(
         whole numbers from 0 to `fmt.max_code`.
     """
     shares = _checked(weight, fmt, importance)
+    if fmt.is_float8:
+        return _float8_grid(weight)
     factors = SHRINK[fmt.bits] if clip_search else (1.0,)
     found = [
         _search(grouped, shares, fmt, factors, REFITS if clip_search else 0)
@@ -77,13 +81,7 @@ def grid(
     ]
     scales = torch.cat([scales for scales, _ in found])
     zeros = torch.cat([zeros for _, zeros in found])
-    if not bool(torch.isfinite(scales).all()):
-        largest = float(weight.abs().max())
-        raise QuantizationError(
-            f"the matrix holds weights as large as {largest:.3g}, and their scale is beyond float16; "
-            "leave this layer unquantized"
-        )
-    return scales, zeros
+    return _finite(scales, weight), zeros
 
 
 def encode(weight: Tensor, fmt: WeightFormat, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -91,18 +89,35 @@ def encode(weight: Tensor, fmt: WeightFormat, scales: Tensor, zeros: Tensor) -> 
     start, parts = 0, []
     for grouped in _row_blocks(weight, fmt):
         stop = start + len(grouped)
-        levels = _levels(grouped, scales[start:stop], zeros[start:stop], fmt)
-        codes = levels.add_(zeros[start:stop, :, None]).to(torch.uint8)
+        if fmt.is_float8:
+            _, codes = nearest_float8(grouped / scales[start:stop, :, None])
+        else:
+            levels = _levels(grouped, scales[start:stop], zeros[start:stop], fmt)
+            codes = levels.add_(zeros[start:stop, :, None]).to(torch.uint8)
         parts.append(codes.reshape(len(codes), -1))
         start = stop
     return torch.cat(parts)
 
 
-def decode(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, zeros: Tensor, fmt: WeightFormat) -> Tensor:
     """float32 [out, in] values of uint8 codes."""
-    out, groups = scales.shape
-    grouped = codes.reshape(out, groups, -1).to(torch.float32)
-    return grouped.sub_(zeros[:, :, None]).mul_(scales[:, :, None]).reshape(codes.shape)
+    levels = levels_of(codes.reshape(*scales.shape, -1), zeros[:, :, None], fmt)
+    return levels.mul_(scales[:, :, None]).reshape(codes.shape)
+
+
+def levels_of(codes: Tensor, zeros: Tensor, fmt: WeightFormat) -> Tensor:
+    """What scales multiply, float32 in the shape of uint8 codes: code − zero point, or the float of 8 bits."""
+    if fmt.is_float8:
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    return codes.to(torch.float32).sub_(zeros)
+
+
+def nearest_levels(values: Tensor, zeros: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+    """The nearest levels of a grid, in the type of `values`, which is used up, and their codes in any type."""
+    if fmt.is_float8:
+        return nearest_float8(values)
+    codes = values.round_().add_(zeros).clamp_(0, fmt.max_code)
+    return codes - zeros, codes
 
 
 def assembled(fmt: WeightFormat, codes: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
@@ -118,6 +133,25 @@ def assembled(fmt: WeightFormat, codes: Tensor, scales: Tensor, zeros: Tensor) -
 def storable(scales: Tensor) -> Tensor:
     """Positive scales rounded to the nearest that float16 holds; infinite where they are beyond it."""
     return scales.to(torch.float16).to(scales.dtype).clamp_(min=SMALLEST_SCALE)
+
+
+def _float8_grid(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales [out, 1], the least of float16 with which no weight is beyond the largest float of 8 bits; no offsets."""
+    largest = weight.detach().abs().amax(1, keepdim=True).to(torch.float32)
+    near = (largest / LARGEST).to(torch.float16)
+    above = (near.view(torch.int16) + 1).view(torch.float16)  # the next float16
+    scales = torch.where(near.float() * LARGEST < largest, above, near).float().clamp_(min=SMALLEST_SCALE)
+    return _finite(scales, weight), torch.zeros_like(scales)
+
+
+def _finite(scales: Tensor, weight: Tensor) -> Tensor:
+    if not bool(torch.isfinite(scales).all()):
+        largest = float(weight.abs().max())
+        raise QuantizationError(
+            f"the matrix holds weights as large as {largest:.3g}, and their scale is beyond float16; "
+            "leave this layer unquantized"
+        )
+    return scales
 
 
 def _checked(weight: Tensor, fmt: WeightFormat, importance: Tensor | None) -> Tensor | None:

@@ -166,7 +166,9 @@ def fake_quantize_inputs(x: Tensor, activations: str) -> Tensor:
     """What a product reads in place of x [..., in], see `WeightFormat.activations`; a static scale is that of x."""
     if activations == "float":
         return x
-    return fake_quantize_rows(x) if activations == "int8" else fake_quantize_static(x, static_scale(x))
+    if activations == "int8":
+        return fake_quantize_rows(x)
+    return fake_quantize_static(x, static_scale(x, activations), activations)
 
 
 def fake_quantize_rows(x: Tensor) -> Tensor:

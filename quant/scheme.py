@@ -9,6 +9,8 @@ A scheme is text. It begins with a format for everything that may be quantized, 
     format    int8             weights of 8 bits, a scale per output; inputs quantized per token
               int8-static      the same with one scale for all inputs, found in calibration (TensorRT)
               int8-weight      weights of 8 bits, dequantized in the product
+              fp8              weights and inputs that are floats of 8 bits, a scale per output and one scale for
+                               all inputs, found in calibration (TensorRT)
               int4             weights of 4 bits
     suffixes  -g16 … -g256     inputs that share a scale, where not 64 (int4) or 128 (int8-weight)
               -asym            a zero point per group
@@ -28,15 +30,16 @@ from fnmatch import fnmatchcase
 from zreward.errors import QuantizationError
 from zreward.quant.tensor import WeightFormat
 
-DEFAULT_GROUPS: Mapping[str, int] = {"int8": 0, "int8-static": 0, "int8-weight": 128, "int4": 64}
+DEFAULT_GROUPS: Mapping[str, int] = {"int8": 0, "int8-static": 0, "int8-weight": 128, "int4": 64, "fp8": 0}
 """Inputs that share a scale where a name does not say it; 0: the whole row."""
 
-_FORMAT = re.compile(r"(?P<base>int8-static|int8-weight|int8|int4)(-g(?P<group>\d+))?(?P<asym>-asym)?")
+_FORMAT = re.compile(r"(?P<base>int8-static|int8-weight|int8|int4|fp8)(-g(?P<group>\d+))?(?P<asym>-asym)?")
 _BASES = {
     "int8": (8, "int8"),
     "int8-static": (8, "int8-static"),
     "int8-weight": (8, "float"),
     "int4": (4, "float"),
+    "fp8": (8, "fp8-static"),
 }
 
 
@@ -152,8 +155,8 @@ def parse_format(name: str, groups: Mapping[str, int] = DEFAULT_GROUPS) -> Weigh
     match = _FORMAT.fullmatch(name)
     if match is None:
         raise QuantizationError(
-            f"unknown format {name!r}; known are none, int8, int8-static, int8-weight and int4, the last two with "
-            "-g16 to -g256 and -asym"
+            f"unknown format {name!r}; known are none, fp8, int8, int8-static, int8-weight and int4, the last two "
+            "with -g16 to -g256 and -asym"
         )
     bits, activations = _BASES[match["base"]]
     group = int(match["group"] or groups[match["base"]])

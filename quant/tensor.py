@@ -1,9 +1,9 @@
-"""A quantized weight matrix: whole-number codes, scales and zero points. Every target lowers from this form.
+"""A quantized weight matrix: codes, scales and zero points. Every target lowers from this form.
 
 W[o, i] = (codes[o, i] − zeros[o, g(i)]) · scales[o, g(i)], where inputs share a group g of `group_size`
-neighbours. Codes are unsigned; a symmetric weight has the constant zero point 2^(bits−1). Scales are values
-that float16 holds exactly, so that every format stores the same numbers; only 8-bit weights of bitsandbytes have
-float32 scales.
+neighbours. Codes are unsigned; a symmetric weight has the constant zero point 2^(bits−1). In fp8 a code is a float
+of 8 bits (`zreward.quant.float8`), and W[o, i] = float8(codes[o, i]) · scales[o]. Scales are values that float16
+holds exactly, so that every format stores the same numbers; only 8-bit weights of bitsandbytes have float32 scales.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zreward.errors import QuantizationError
+from zreward.quant.float8 import NAN_CODES, float8_values
 
 BITS = (4, 8)
-ACTIVATIONS = ("float", "int8", "int8-static")
+ACTIVATIONS = ("float", "int8", "int8-static", "fp8-static")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class WeightFormat:
         symmetric: the zero point is the middle code and is not stored.
         activations: "float": the product dequantizes the weights; "int8": the inputs are quantized too, a
             scale per token found at run time, and the product is in whole numbers; "int8-static": so are they, with
-            one scale for all that calibration found.
+            one scale for all that calibration found; "fp8-static": the same of weights and inputs that are floats of
+            8 bits.
         act_order: the codes have their inputs in another order than the layer, which `QuantizedWeight.order`
             tells. It is known before the weight is read, because a graph must reorder its activations.
         scale_bits: of a stored scale: 16, or 32 where another tool's scales do not fit float16.
@@ -64,13 +66,23 @@ class WeightFormat:
         return self.activations != "float"
 
     @property
+    def has_static_inputs(self) -> bool:
+        """Whether calibration must find the scale of the inputs."""
+        return self.activations.endswith("-static")
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether codes are floats of 8 bits."""
+        return self.activations == "fp8-static"
+
+    @property
     def max_code(self) -> int:
         return int(2**self.bits - 1)
 
     @property
     def middle(self) -> int:
-        """The zero point of a symmetric weight."""
-        return int(2 ** (self.bits - 1))
+        """The zero point of a symmetric weight: the code of 0."""
+        return 0 if self.is_float8 else int(2 ** (self.bits - 1))
 
     def n_groups(self, in_features: int) -> int:
         """Groups of a row.
@@ -135,6 +147,8 @@ class QuantizedWeight:
             raise QuantizationError(
                 f"a code exceeds {self.format.max_code}, the largest of {self.format.bits} bits"
             )
+        if self.format.is_float8 and np.isin(self.codes, NAN_CODES).any():
+            raise QuantizationError("a code is NaN; the checkpoint is damaged")
         if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(self.codes.shape[1])):
             raise QuantizationError("the order of the inputs is not a permutation; the checkpoint is damaged")
 
@@ -151,8 +165,12 @@ class QuantizedWeight:
         """The matrix that the codes stand for, float32 [out, in], inputs in their own order."""
         out, inputs = self.codes.shape
         groups = self.scales.shape[1]
-        grouped = self.codes.reshape(out, groups, inputs // groups).astype(np.float32)
-        values = (grouped - self.zeros[:, :, None].astype(np.float32)) * self.scales[:, :, None]
+        codes = self.codes.reshape(out, groups, inputs // groups)
+        if self.format.is_float8:
+            levels = float8_values()[codes]
+        else:
+            levels = codes.astype(np.float32) - self.zeros[:, :, None].astype(np.float32)
+        values = levels * self.scales[:, :, None]
         flat: NDArray[np.float32] = values.reshape(out, inputs)
         if self.order is None:
             return flat

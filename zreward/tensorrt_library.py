@@ -27,6 +27,7 @@ class Flavour:
         install: the command that installs it.
         portable_to: compute capabilities of an engine that was built for no one in particular; empty where it is
             built for the GPU at hand.
+        float8_kinds: the same of graphs with floats of 8 bits, which earlier GPUs do not multiply.
         takes_plugins: whether it may load plugins.
         package: distribution whose version is the library's.
     """
@@ -35,19 +36,27 @@ class Flavour:
     modules: tuple[str, ...]
     install: str
     portable_to: tuple[str, ...]
+    float8_kinds: tuple[str, ...]
     takes_plugins: bool
     package: str
 
 
 FLAVOURS: Mapping[str, Flavour] = {
     "tensorrt": Flavour(
-        "TensorRT", ("tensorrt", "tensorrt_bindings"), "pip install 'zreward[tensorrt]'", (), True, "tensorrt"
+        "TensorRT",
+        ("tensorrt", "tensorrt_bindings"),
+        "pip install 'zreward[tensorrt]'",
+        (),
+        (),
+        True,
+        "tensorrt",
     ),
     "tensorrt-rtx": Flavour(
         "TensorRT-RTX",
         ("tensorrt_rtx", "tensorrt_rtx_bindings"),
         "pip install 'zreward[tensorrt-rtx]'",
         ("8.0+",),
+        ("8.9", "12.0"),
         False,
         "tensorrt_rtx_cu13_libs",
     ),

@@ -3,6 +3,7 @@
     4 bits               DequantizeLinear by blocks of inputs → MatMul
     8 bits               DequantizeLinear by outputs → MatMul
     8 bits, inputs too   the same, and QuantizeLinear → DequantizeLinear with one static scale on the input
+    floats of 8 bits     the same in FLOAT8E4M3FN
 
 A DequantizeLinear gives the type of its scales, so these are stored in the type that the product is computed in, as
 constants: TensorRT takes no scale that is computed, and no zero points. In bfloat16 a scale keeps 8 bits, which
@@ -27,10 +28,12 @@ from zreward.export.weights import CheckpointTensor
 from zreward.quant.source import QuantizedWeights
 from zreward.quant.tensor import CodebookFormat, WeightFormat
 
-TENSORRT_GROUPS = {"int8": 0, "int8-static": 0, "int8-weight": 0, "int4": 128}
+TENSORRT_GROUPS = {"int8": 0, "int8-static": 0, "int8-weight": 0, "int4": 128, "fp8": 0}
 """Inputs that share a scale where a scheme does not say it: what TensorRT has kernels for."""
 
-_CODE_TYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+FLOAT8_ZERO = "zreward.float8_zero"
+"""Zero point of inputs that are rounded to floats of 8 bits. ONNX Runtime's session looks for the name: on CPUs its
+optimizer would make whole-number products of these."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class _QdqProducts(Products):
         chosen = self.formats[source]
         if isinstance(chosen, CodebookFormat) or not can_multiply(chosen):
             return None
-        codes = self._part(source, "codes", packed.matrix_codes, _CODE_TYPES[chosen.bits], (inputs, out))
+        codes = self._part(source, "codes", packed.matrix_codes, _code_type(chosen), (inputs, out))
         if chosen.bits == 4:
             groups = chosen.n_groups(inputs)
             shape: tuple[int, ...] = (groups, out)
@@ -89,13 +92,15 @@ class _QdqProducts(Products):
         weight.type, weight.shape = ir.TensorType(self.dtype), tensor.shape
         factor = self.casts.narrowed(builder, self._in_order(builder, x, source, chosen, inputs))
         if chosen.rounds_inputs:
-            factor = self._rounded_input(builder, factor, source)
+            factor = self._rounded_input(builder, factor, source, _code_type(chosen))
         product = builder.op("MatMul", [factor, weight])
         if x.shape is not None:
             product.shape = ir.Shape([*list(x.shape)[:-1], out])
         return self.casts.widened(builder, product)
 
-    def _rounded_input(self, builder: tape.Tape, x: ir.Value, source: str) -> ir.Value:
+    def _rounded_input(
+        self, builder: tape.Tape, x: ir.Value, source: str, code_type: ir.DataType
+    ) -> ir.Value:
         """`x` through 8 bits with the static scale of the layer; layers that read it with one scale share the nodes."""
         found = self.reader.weights.input_scale(source)
         if found is None:
@@ -103,18 +108,25 @@ class _QdqProducts(Products):
                 f"weight {source!r}: TensorRT rounds inputs to 8 bits with a scale that calibration must find, and "
                 "none did; calibrate with --method gptq --calibration FILE, or keep the inputs with int8-weight"
             )
+        name = FLOAT8_ZERO if code_type is ir.DataType.FLOAT8E4M3FN else "zreward.int8_zero"
         scale = _representable(found, self.dtype)
         if (x, scale) not in self._rounded:
             operands = [
                 add_initializer(self.graph, _scalar(f"{source}.input_scale", scale, self.dtype)),
-                add_initializer(self.graph, ir.tensor(np.int8(0), name="zreward.int8_zero")),
+                add_initializer(self.graph, _scalar(name, 0, code_type)),
             ]
             codes = builder.op("QuantizeLinear", [x, *operands])
-            codes.type, codes.shape = ir.TensorType(ir.DataType.INT8), x.shape
+            codes.type, codes.shape = ir.TensorType(code_type), x.shape
             values = builder.op("DequantizeLinear", [codes, *operands])
             values.type, values.shape = x.type, x.shape
             self._rounded[x, scale] = values
         return self._rounded[x, scale]
+
+
+def _code_type(chosen: WeightFormat) -> ir.DataType:
+    if chosen.is_float8:
+        return ir.DataType.FLOAT8E4M3FN
+    return ir.DataType.INT4 if chosen.bits == 4 else ir.DataType.INT8
 
 
 def _representable(scale: float, dtype: ir.DataType) -> float:

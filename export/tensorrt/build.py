@@ -35,6 +35,8 @@ from zreward.tensorrt_library import Flavour, flavour_named
 
 TARGET = "tensorrt"
 
+_FLOAT8_SINCE = (8, 9)
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -48,7 +50,7 @@ class EngineOptions:
             C++, but NVRTC.
         timing_cache: file that keeps what TensorRT measures, for the next build.
         compute_capabilities: for TensorRT-RTX, the GPUs to build for, such as "8.9", in order and each once; empty is
-            all from 8.0 on.
+            all from 8.0 on, and for a bundle with floats of 8 bits 8.9 and 12.0.
         images: most images that are scored in one run; None is what the runtime scores together.
         optimization_level: 0, quick, to 5, thorough; None is the library's own.
         force: replace an engine of the same name.
@@ -119,7 +121,7 @@ def build_engine(path: str | Path, options: EngineOptions, progress: Progress | 
     plugins = _opened(options.plugins)
     if options.quick_head:
         quick_head_ptx(0, 1e-6)  # or a missing compiler would show after the first engine is built
-    kinds = _kinds_of_gpus(flavour_named(options.flavour), options)
+    kinds = _kinds_of_gpus(flavour_named(options.flavour), options, bundle)
     check_files(bundle)
     encoder = PromptEncoder(bundle.contract, load_tokenizer(bundle.path))
     sizes = profiles(bundle.contract, encoder, MAX_IMAGES if options.images is None else options.images)
@@ -128,7 +130,7 @@ def build_engine(path: str | Path, options: EngineOptions, progress: Progress | 
     with staged_directory(final, replace=options.force, kind="engine") as staging:
         built = {}
         for graph in GRAPHS:
-            job = _job(bundle, options, graph, sizes[graph], staging.path, plugins)
+            job = _job(bundle, options, kinds, graph, sizes[graph], staging.path, plugins)
             built[graph] = job, build_in_child(job, report)
         info = _described(bundle, options, kinds, built, plugins)
         write_engine_info(staging.path, info)
@@ -148,13 +150,15 @@ def _opened(path: Path | None) -> PluginLibrary | None:
 def _job(
     bundle: Bundle,
     options: EngineOptions,
+    kinds: tuple[str, ...],
     graph: str,
     sizes: tuple[Profile, ...],
     folder: Path,
     plugins: PluginLibrary | None,
 ) -> EngineJob:
     """The engine of one graph; operators that plugins take over are those of the decoder."""
-    has_operators = graph == "decoder"
+    has_operators, flavour = graph == "decoder", flavour_named(options.flavour)
+    left_open = not flavour.portable_to or kinds == flavour.portable_to
     return EngineJob(
         flavour=options.flavour,
         graph=str((bundle.path / bundle.manifest.graphs[graph]).resolve()),
@@ -165,14 +169,24 @@ def _job(
         ),
         quick_head=options.quick_head and has_operators,
         timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
-        compute_capabilities=options.compute_capabilities,
+        compute_capabilities=() if left_open else kinds,
         optimization_level=options.optimization_level,
     )
 
 
-def _kinds_of_gpus(flavour: Flavour, options: EngineOptions) -> tuple[str, ...]:
+def _kinds_of_gpus(flavour: Flavour, options: EngineOptions, bundle: Bundle) -> tuple[str, ...]:
     """Compute capabilities that the engine is for; TensorRT's is that of the GPU at hand."""
-    return options.compute_capabilities or flavour.portable_to or (compute_capability(),)
+    quantization = bundle.manifest.quantization or {}
+    has_float8 = any(layer.get("format") == "fp8" for layer in quantization.get("layers", {}).values())
+    all_kinds = flavour.float8_kinds if has_float8 else flavour.portable_to
+    kinds = options.compute_capabilities or all_kinds or (compute_capability(),)
+    too_early = [kind for kind in kinds if has_float8 and parse_capability(kind) < _FLOAT8_SINCE]
+    if too_early:
+        raise UsageError(
+            f"{bundle.path}: it multiplies floats of 8 bits, which GPUs do from compute capability "
+            f"{'.'.join(map(str, _FLOAT8_SINCE))} on, not {too_early[0]}; export with --quant int8 for that one"
+        )
+    return kinds
 
 
 def _described(

@@ -19,6 +19,8 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Where the weights of a graph lie that is not read from a file of the bundle as it is."""
 
 _WHOLE_NUMBER_PRODUCT = b"MatMulIntegerToFloat"
+_FLOAT8_ZERO = b"zreward.float8_zero"
+"""Name of the zero point of inputs that a graph rounds to floats of 8 bits (`zreward.export.passes.qdq_products`)."""
 
 
 class OrtSession:
@@ -55,6 +57,8 @@ class OrtSession:
             options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in data:
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if _FLOAT8_ZERO in data:  # version 1.31.1 would make whole-number products of them, and fail
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         kernels = None if plain else compiled_library()
         if plain:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -124,23 +124,26 @@ def test_every_target_runs_every_scheme(
         assert np.abs(found[name].probs - expected[name].probs).max() < 0.5  # random weights exaggerate it
 
 
-def test_tensorrt_rounds_inputs_with_scales_that_calibration_found(held_out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "stored"), [("int8", "int8-static"), ("fp8", "fp8")])
+def test_tensorrt_rounds_inputs_with_scales_that_calibration_found(
+    held_out: Path, tmp_path: Path, scheme: str, stored: str
+) -> None:
     shape = Shape(layers=2, full_attention_interval=2, vision_depth=1)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", shape)
     few = held_out.with_name("few.jsonl")
     few.write_text("".join(held_out.read_text().splitlines(keepends=True)[:1]))
     options = QuantizationOptions(
-        "int8,*.down_proj=int4", calibration=str(few), allow_drift=True, judged=False
+        f"{scheme},*.down_proj=int4", calibration=str(few), allow_drift=True, judged=False
     )
     with lowered_here():
         bundle = export(checkpoint, tmp_path / "bundle", options, target="tensorrt", weights="fp16")
     verify_bundle(bundle.path)
     facts = bundle.manifest.quantization
     assert facts is not None
-    assert facts["scheme"] == "int8-static,*.down_proj=int4" and facts["method"] == "gptq"
+    assert facts["scheme"] == f"{stored},*.down_proj=int4" and facts["method"] == "gptq"
     formats = {layer["format"]: layer for layer in facts["layers"].values()}
-    assert set(formats) == {"int8-static", "int4-g128"}
-    assert 0 < formats["int8-static"]["input_scale"] < 1 and "input_scale" not in formats["int4-g128"]
+    assert set(formats) == {stored, "int4-g128"}
+    assert 0 < formats[stored]["input_scale"] < 1 and "input_scale" not in formats["int4-g128"]
     assert bundle.manifest.work is not None and bundle.manifest.work.decoder.integer_per_row > 0
 
 
@@ -176,6 +179,7 @@ def test_a_budget_without_data_to_measure_on_is_refused(tiny_checkpoint: Path, h
         ({"budget": 5.0}, QuantizationError, "a budget is spent by measurement"),
         ({"calibration": "scenes"}, UsageError, "uses no calibration data"),
         ({"scheme": "int8-static"}, QuantizationError, "int8-static is for --target tensorrt"),
+        ({"scheme": "fp8"}, QuantizationError, "fp8 is for --target tensorrt; use int8"),
     ],
 )
 def test_mistakes_are_known_before_any_work(
@@ -190,7 +194,7 @@ def test_mistakes_are_known_before_any_work(
 
 
 def test_what_a_gpu_cannot_round_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    for scheme in ("int8", "int4,*.down_proj=int8", "int8-static"):
+    for scheme in ("int8", "int4,*.down_proj=int8", "int8-static", "fp8"):
         options = QuantizationOptions(scheme, method="rtn", allow_drift=True)
         with pytest.raises(QuantizationError, match=r"no product that rounds its inputs.*int8-weight"):
             export(tiny_checkpoint, tmp_path / "bundle", options, target="cuda")
@@ -201,6 +205,7 @@ def test_what_a_gpu_cannot_round_is_refused(tiny_checkpoint: Path, tmp_path: Pat
     ("changes", "error", "message"),
     [
         ({"scheme": "int8"}, QuantizationError, "rounds inputs with scales that calibration finds"),
+        ({"scheme": "fp8"}, QuantizationError, "rounds inputs with scales that calibration finds"),
         ({"scheme": "int4-asym"}, QuantizationError, "TensorRT cannot multiply int4-g64-asym"),
         ({"scheme": "int8-weight-g16"}, QuantizationError, "TensorRT cannot multiply int8-weight-g16"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,9 @@ FORMATS = [
     WeightFormat(8, 0),
     WeightFormat(8, 32, symmetric=False),
 ]
+
+
+FLOAT8 = WeightFormat(8, activations="fp8-static")
 
 
 def problem(
@@ -90,6 +94,29 @@ def test_inputs_without_correlation_give_round_to_nearest(fmt: WeightFormat) -> 
     assert np.array_equal(quantized.scales, rtn.scales)
 
 
+def test_floats_of_8_bits_round_each_input_after_the_errors_before_it() -> None:
+    """Against the paper's equations with a cast in place of a grid; then refined."""
+    weight, hessian = problem()
+    quantized = quantize_gptq(weight, hessian, FLOAT8, damping=0.02, block=24, refine_passes=0)
+    W, H = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    H += 0.02 * H.diagonal().mean() * np.eye(len(H))
+    inverse, scales = np.linalg.inv(H), quantized.scales[:, 0].astype(np.float64)
+    assert np.array_equal(scales * 448 >= np.abs(weight.numpy()).max(1), np.ones(len(scales), bool))
+    for i in np.argsort(-H.diagonal(), kind="stable"):
+        nearest = (W[:, i] / scales).clip(-448, 448).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+        assert np.array_equal(quantized.codes[:, i], nearest.view(np.uint8))
+        W -= np.outer((W[:, i] - nearest.astype(np.float64) * scales) / inverse[i, i], inverse[i])
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    plain = proxy_error(weight, quantize_rtn(weight, FLOAT8), hessian)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)
+    errors = [
+        proxy_error(weight, quantize_gptq(weight, hessian, FLOAT8, refine_passes=n), damped) for n in range(4)
+    ]
+    assert errors[0] < 0.6 * plain
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
+    assert errors[3] < errors[0]
+
+
 def test_only_the_direction_of_the_hessian_matters() -> None:
     weight, hessian = problem()
     first, second = (quantize_gptq(weight, h, WeightFormat(4, 16)) for h in (hessian, hessian * 2048))
@@ -156,7 +183,7 @@ def test_fitted_scales_equal_a_float64_loop_over_groups(fmt: WeightFormat) -> No
     codes, scales, zeros = (
         torch.from_numpy(a) for a in (quantized.codes, quantized.scales, quantized.zeros.astype(np.float32))
     )
-    fitted = gptq._fitted_scales(weight, hessian, codes, scales, zeros)
+    fitted = gptq._fitted_scales(weight, hessian, codes, scales, zeros, fmt)
     H, size = hessian.numpy(), fmt.group_size or 64
     for o in range(4):
         levels = codes[o].double().numpy() - np.repeat(zeros[o].double().numpy(), size)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 from zreward.errors import QuantizationError
+from zreward.quant.float8 import LARGEST
 from zreward.quant.ranges import STATIC_CODES, MagnitudeHistogram, fake_quantize_static, static_scale
 
 
@@ -35,6 +37,21 @@ def test_rounding_is_that_of_quantize_linear() -> None:
     expected = [0.0, 0.0, 0.5, -0.0, 1.0, 63.5, 63.5, 63.5, -64.0]
     assert fake_quantize_static(x, 0.5).tolist() == [expected]
     assert fake_quantize_static(x.to(torch.bfloat16), 0.5).dtype is torch.bfloat16
+
+
+def test_floats_of_8_bits_reach_to_the_largest_value() -> None:
+    x = 300 * inputs(4, outlier=8.0)
+    scale = static_scale(x, "fp8-static")
+    assert scale == float(x.abs().max()) / LARGEST
+    read = fake_quantize_static(x, scale, "fp8-static")
+    nearest = (x.numpy() / np.float32(scale)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(read.numpy(), nearest * np.float32(scale))
+    assert float((read - x).square().sum() / x.square().sum()) < 1e-3
+    beyond = fake_quantize_static(torch.tensor([1e6, -1e6]), 0.5, "fp8-static")
+    assert beyond.tolist() == [224.0, -224.0]
+    assert 0 < static_scale(torch.zeros(3, 4), "fp8-static") < 1
+    with pytest.raises(QuantizationError, match="no calibration rows"):
+        MagnitudeHistogram().scale_for("fp8-static")
 
 
 def test_an_outlier_in_a_token_that_does_not_matter_is_cut() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,9 @@ FORMATS = [
     WeightFormat(8, 0, symmetric=False),
     WeightFormat(8, 0, activations="int8"),
 ]
+
+
+FLOAT8 = WeightFormat(8, activations="fp8-static")
 
 
 def heavy_tailed(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -139,8 +143,34 @@ def test_a_matrix_larger_than_a_block_of_rows_is_the_same_as_its_rows_alone() ->
 def test_codes_of_another_grid_and_bfloat16_weights() -> None:
     weight, fmt = heavy_tailed(4, 32).bfloat16(), WeightFormat(8, 16)
     scales, zeros = grid(weight.float(), fmt)
-    values = decode(encode(weight, fmt, scales, zeros), scales, zeros)
+    values = decode(encode(weight, fmt, scales, zeros), scales, zeros, fmt)
     assert np.array_equal(values.numpy(), quantize_rtn(weight, fmt).dequantized())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-30, 20, allow_nan=False).map(lambda e: 2.0**e))
+def test_floats_of_8_bits_are_the_nearest_and_none_is_cut(seed: int, size: float) -> None:
+    weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) * size
+    weight[1, 4] = 0
+    quantized = quantize_rtn(weight, FLOAT8)
+    scales, largest = quantized.scales[:, 0], weight.abs().amax(1).numpy()
+    assert np.array_equal(scales, scales.astype(np.float16).astype(np.float32))
+    assert (scales * 448 >= largest).all()
+    smaller = np.nextafter(scales.astype(np.float16), np.float16(0)).astype(np.float32)
+    assert ((smaller * 448 < largest) | (scales == SMALLEST_SCALE)).all()
+    expected = (weight.numpy() / scales[:, None]).astype(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(quantized.codes, expected.view(np.uint8))
+    values = expected.astype(np.float32) * scales[:, None]
+    assert np.array_equal(quantized.dequantized(), values)
+    assert np.array_equal(fake_quantize(weight, FLOAT8).numpy(), values)
+    assert not quantized.zeros.any()
+
+
+def test_floats_of_8_bits_are_refused_where_their_scale_is_beyond_float16() -> None:
+    weight = heavy_tailed(4, 32)
+    weight[0, 0] = 65504.0 * 449
+    with pytest.raises(QuantizationError, match="beyond float16"):
+        quantize_rtn(weight, FLOAT8)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

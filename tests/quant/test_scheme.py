@@ -58,6 +58,7 @@ def test_the_name_of_a_format_reads_back_as_the_format(fmt: WeightFormat) -> Non
         ("none", None),
         ("int8", WeightFormat(8, 0, True, "int8")),
         ("int8-static", WeightFormat(8, 0, True, "int8-static")),
+        ("fp8", WeightFormat(8, 0, True, "fp8-static")),
         ("int8-weight", WeightFormat(8, 128)),
         ("int8-weight-g0", WeightFormat(8)),
         ("int4", WeightFormat(4, 64)),
@@ -73,9 +74,10 @@ def test_names_of_formats(name: str, fmt: WeightFormat | None) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("int3", "unknown format 'int3'; known are none, int8, int8-static, int8-weight and int4"),
+        ("int3", "unknown format 'int3'; known are none, fp8, int8, int8-static, int8-weight and int4"),
         ("", "unknown format ''"),
         ("INT4", "unknown format"),
+        ("fp8-static", "unknown format"),
         ("int4-asym-g32", "unknown format"),
         ("int4-g", "unknown format"),
         ("int4-g48", "not a power of two"),

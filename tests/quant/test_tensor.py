@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zreward.errors import QuantizationError
+from zreward.quant.float8 import NAN_CODES
 from zreward.quant.tensor import CodebookFormat, CodebookWeight, QuantizedWeight, WeightFormat
+
+FLOAT8 = WeightFormat(8, activations="fp8-static")
 
 
 def weight(
@@ -47,6 +51,18 @@ def test_dequantization_is_the_loop_in_float64(fmt: WeightFormat, act_order: boo
     values = stored.dequantized()
     assert values.dtype == np.float32
     assert np.array_equal(values, expected.astype(np.float32))
+
+
+def test_floats_of_8_bits_are_those_of_their_codes() -> None:
+    codes = np.array([code for code in range(256) if code not in NAN_CODES], np.uint8).reshape(2, 127)
+    zeros, scales = np.zeros((2, 1), np.uint8), np.array([[0.5], [0.007]], np.float16).astype(np.float32)
+    stored = QuantizedWeight(FLOAT8, codes, scales, zeros)
+    expected = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales
+    assert np.array_equal(stored.dequantized(), expected)
+    assert expected[0].max() == 224 and stored.n_bits == 8 * 254 + 2 * 16
+    for code in NAN_CODES:
+        with pytest.raises(QuantizationError, match="a code is NaN"):
+            QuantizedWeight(FLOAT8, np.full((2, 3), code, np.uint8), scales, zeros)
 
 
 @given(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,6 +72,8 @@ def rounded(values: NDArray[np.float32], chosen: Format) -> Weight:
     """A matrix [out, in] in any format, each value at its nearest code."""
     if isinstance(chosen, CodebookFormat):
         return _looked_up(values, chosen)
+    if chosen.is_float8:
+        return _floats(values, chosen)
     order = None
     if chosen.act_order:
         order = np.random.default_rng(values.size).permutation(values.shape[1])
@@ -86,6 +89,12 @@ def rounded(values: NDArray[np.float32], chosen: Format) -> Weight:
     scales = scales.astype(np.float16).astype(np.float32)
     codes = np.clip(np.rint(grouped / scales[:, :, None]) + zeros[:, :, None], 0, chosen.max_code)
     return QuantizedWeight(chosen, codes.astype(np.uint8).reshape(values.shape), scales, zeros, order)
+
+
+def _floats(values: NDArray[np.float32], chosen: WeightFormat) -> QuantizedWeight:
+    scales = (np.abs(values).max(-1, keepdims=True) / 448).astype(np.float16).astype(np.float32)
+    codes = (values / scales).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return QuantizedWeight(chosen, codes, scales, np.zeros(scales.shape, np.uint8))
 
 
 def _looked_up(values: NDArray[np.float32], chosen: CodebookFormat) -> CodebookWeight:

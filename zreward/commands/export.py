@@ -46,7 +46,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle directory to write.")],
     quant: Annotated[
         str,
-        typer.Option(help="none, int8, int8-weight, int4, …; with exceptions: int4,*.down_proj=int8-weight."),
+        typer.Option(
+            help="none, int8, int8-weight, int4, fp8, …; with exceptions: int4,*.down_proj=int8-weight."
+        ),
     ] = "none",
     target: Annotated[Target, typer.Option(help="Where the bundle will run.")] = Target.CPU,
     weights: Annotated[Weights, typer.Option(help="Storage of floating-point weights.")] = Weights.FP32,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,9 +14,12 @@ from tests.export.passes.test_quantized_products import assert_close, built
 from tests.support.graphs import op_types, run_onnxruntime, run_reference
 from zreward.errors import ExportError
 from zreward.export.passes.qdq_products import TENSORRT_GROUPS, can_multiply, quantize_products_with_qdq
+from zreward.export.storage import write_graph
 from zreward.quant.scheme import parse_format
 from zreward.quant.tensor import CodebookFormat, WeightFormat
+from zreward.runtime.backends import open_session
 
+FLOAT8 = WeightFormat(8, activations="fp8-static")
 STATIC = WeightFormat(8, activations="int8-static")
 FORMATS = [
     (WeightFormat(4, 128), 256),
@@ -64,6 +68,30 @@ def test_static_inputs_are_rounded_on_one_grid(tmp_path: Path) -> None:
     assert_close(run_onnxruntime(model, inputs, optimized=True), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_floats_of_8_bits_are_products_of_the_nearest_ones(tmp_path: Path, dtype: ir.DataType) -> None:
+    model, weights, inputs, _ = built(tmp_path, FLOAT8, 40)
+    weights.scales = {"first": 0.25, "second": 0.25}
+    inputs["x"][0, 0, 0] = 1000.0  # beyond the largest float
+    assert quantize_products_with_qdq(model, weights, dtype) == 3
+    assert list(op_types(model)).count("QuantizeLinear") == 2
+    codes = [value for value in model.graph.initializers.values() if value.name.endswith(".codes")]
+    assert {value.dtype for value in codes} == {ir.DataType.FLOAT8E4M3FN} and len(codes) == 2
+    x, flat = (
+        (inputs[n] / 0.25).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * 0.25
+        for n in ("x", "flat")
+    )
+    first, second = (weights.matrices[name].dequantized().astype(np.float64) for name in ("first", "second"))
+    expected = {"y": x @ first.T, "z": x @ second.T, "w": flat @ first.T}
+    close = 1e-5 if dtype is ir.DataType.FLOAT else 4e-3
+    for found in (run_reference(model, inputs), run_onnxruntime(model, inputs)):
+        assert_close(found, expected, close)
+    path = tmp_path / "graph.onnx"
+    write_graph(model, path, lambda _: None)
+    session = open_session(path, provider="cpu", threads=1)  # with its optimizations
+    assert_close(dict(zip(expected, session.run(list(expected), inputs), strict=True)), expected, close)
+
+
 def test_static_inputs_need_a_scale_that_the_type_holds(tmp_path: Path) -> None:
     model, weights, _, _ = built(tmp_path, STATIC, 40)
     with pytest.raises(ExportError, match=r"calibration must find.*--calibration FILE"):
@@ -92,7 +120,7 @@ def test_what_tensorrt_cannot_multiply_stays_floats(
 
 
 def test_formats_without_a_group_get_one_that_tensorrt_multiplies() -> None:
-    for name in ("int8-static", "int8-weight", "int4"):
+    for name in ("int8-static", "int8-weight", "int4", "fp8"):
         chosen = parse_format(name, TENSORRT_GROUPS)
         assert chosen is not None and can_multiply(chosen)
     assert TENSORRT_GROUPS["int4"] == 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from zreward.engines import BuiltEngine, engines_of, select_engine
 from zreward.errors import BackendError, BundleError, ExportError, UsageError
 from zreward.export import ExportOptions, export_bundle
 from zreward.export.tensorrt import EngineOptions, build_engine, profiles, worker
-from zreward.export.tensorrt.job import EngineJob
+from zreward.export.tensorrt.job import EngineFacts, EngineJob
+from zreward.progress import Progress
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.runtime import Scorer
 from zreward.runtime.engine import Engine
@@ -217,6 +219,48 @@ def test_options_that_contradict_each_other(options: dict[str, Any], message: st
 def test_a_kind_of_gpu_that_the_library_does_not_know(copy: Path) -> None:
     with pytest.raises(ExportError, match=r"does not build for compute capability 9.0"):
         build_engine(copy, dataclasses.replace(RTX, compute_capabilities=("9.0",)))
+
+
+class TestFloatsOf8Bits:
+    @pytest.fixture
+    def float8_bundle(self, copy: Path) -> Path:
+        """A bundle that says that it has them."""
+        manifest = json.loads((copy / "manifest.json").read_text())
+        layers = {"model.layer": {"format": "fp8"}, "model.other": {"format": "int4-g128"}}
+        manifest["quantization"] = {"scheme": "fp8,*.other=int4", "layers": layers}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return copy
+
+    @pytest.fixture
+    def jobs(self, monkeypatch: pytest.MonkeyPatch) -> list[EngineJob]:
+        """What would be built."""
+        found: list[EngineJob] = []
+
+        def build(job: EngineJob, report: Progress) -> EngineFacts:
+            found.append(job)
+            Path(job.engine).write_bytes(b"engine")
+            return EngineFacts("1.7", {}, 0)
+
+        monkeypatch.setattr("zreward.export.tensorrt.build.build_in_child", build)
+        return found
+
+    def test_engines_are_for_gpus_that_multiply_them(
+        self, float8_bundle: Path, jobs: list[EngineJob]
+    ) -> None:
+        with pytest.raises(BundleError, match="has the axes"):  # inputs that nobody parsed
+            build_engine(float8_bundle, RTX)
+        assert {job.compute_capabilities for job in jobs} == {("8.9", "12.0")}
+
+    def test_others_are_refused(
+        self, float8_bundle: Path, jobs: list[EngineJob], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        message = "multiplies floats of 8 bits, which GPUs do from compute capability 8.9 on, not 8.6; export"
+        with pytest.raises(UsageError, match=message):
+            build_engine(float8_bundle, dataclasses.replace(RTX, compute_capabilities=("8.6", "8.9")))
+        monkeypatch.setattr("zreward.export.tensorrt.build.compute_capability", lambda: "8.6")
+        with pytest.raises(UsageError, match=message):
+            build_engine(float8_bundle, EngineOptions())
+        assert not jobs
 
 
 def test_building_imports_neither_torch_nor_onnx() -> None:

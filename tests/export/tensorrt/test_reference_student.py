@@ -28,6 +28,7 @@ from zreward.export.tensorrt.profiles import profiles
 from zreward.export.tensorrt.worker import build_in_child
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.quant.scheme import Scheme, resolve
+from zreward.tensorrt_library import FLAVOURS
 
 PRECISIONS: dict[str, tuple[ir.DataType, str | None]] = {
     "none": (ir.DataType.FLOAT, None),
@@ -36,6 +37,7 @@ PRECISIONS: dict[str, tuple[ir.DataType, str | None]] = {
     "int8": (ir.DataType.FLOAT16, "int8-static"),
     "int8-weight": (ir.DataType.FLOAT16, "int8-weight"),
     "int4": (ir.DataType.FLOAT16, "int4"),
+    "fp8": (ir.DataType.FLOAT16, "fp8"),
 }
 BUILT = [name for name in PRECISIONS if name != "bf16"]
 GRAPHS = ("vision", "decoder")
@@ -99,7 +101,8 @@ def test_graphs_keep_the_contract_of_the_target(written: Written, precision: str
         ops = Counter(node.op_type for node in model.graph.node)
         assert (types[TensorProto.INT4] > 0) == (scheme == "int4")
         assert (types[TensorProto.INT8] > 0) == (scheme is not None and scheme.startswith("int8"))
-        assert (ops["QuantizeLinear"] > 0) == (scheme == "int8-static")
+        assert (types[TensorProto.FLOAT8E4M3FN] > 0) == (scheme == "fp8")
+        assert (ops["QuantizeLinear"] > 0) == (scheme in ("int8-static", "fp8"))
         assert (types[dtype.value] > 0) or scheme is not None
         blocks |= {
             attribute.i
@@ -121,7 +124,9 @@ def test_tensorrt_rtx_builds_it(
 ) -> None:
     for name in GRAPHS:
         engine = tmp_path / f"{name}.engine"
-        job = EngineJob("tensorrt-rtx", str(written(precision) / f"{name}.onnx"), str(engine), sizes[name])
+        kinds = FLAVOURS["tensorrt-rtx"].float8_kinds if precision == "fp8" else ()
+        graph = written(precision) / f"{name}.onnx"
+        job = EngineJob("tensorrt-rtx", str(graph), str(engine), sizes[name], compute_capabilities=kinds)
         facts = build_in_child(job, lambda stage, done, total: None)
         assert facts.plugin_layers == 0
         assert set(facts.inputs) >= (
