@@ -5,14 +5,15 @@
 `--first` is a student of `zreward.training.reference_student`, which learned to grade from labels. Read from top to
 bottom:
 
-1. describe: the first student's language model learns to say what it sees in each dimension, from scenes without
-   labels. With twice its layers it learns, from labelled scenes, to end a description with a score;
-2. judge: by GDSO descriptions and scores come to serve the labels. This is the teacher;
-3. distil: by RISD the first student learns the teacher's distributions on scenes that nobody labelled, and answers with
+1. base: with twice its layers the first student's model goes on learning to grade, from as many labelled scenes again.
+   This stands in for the pretrained model that a teacher begins as;
+2. answer: it learns to say what it sees in a dimension, and to end that description with a score;
+3. judge: by GDSO descriptions and scores come to serve the labels. This is the teacher;
+4. distil: by RISD the first student learns the teacher's distributions on scenes that nobody labelled, and answers with
    no words between. The vision tower stays the first student's in all stages.
 
-Every stage is a run of `zreward train`'s own functions in a folder of `--work`. What is finished there is not repeated,
-and what was interrupted goes on from its last state.
+Every stage after the base is a run of `zreward train`'s own functions in a folder of `--work`. What is finished there
+is not repeated, and what was interrupted in those stages goes on from its last state.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Qwen3_5ForConditionalGeneration
 
@@ -45,13 +47,13 @@ from zreward.training.reference_evaluate import (
     score_metrics,
     served_logits,
 )
-from zreward.training.reference_learner import Student
-from zreward.training.reference_recipe import TEST_SEED, VALIDATION_SEED, Recipe
-from zreward.training.reference_student import split
+from zreward.training.reference_learner import cached_features, predict
+from zreward.training.reference_optimize import run_stage
+from zreward.training.reference_recipe import TEST_SEED, VALIDATION_SEED, Recipe, Stage
+from zreward.training.reference_student import LabelledScenes, alignment_and_another, language_loss, split
 from zreward.training.reference_teacher import (
     MAX_NEW_TOKENS,
     Lesson,
-    grown,
     learn_chains,
     save_start,
     shown,
@@ -59,13 +61,13 @@ from zreward.training.reference_teacher import (
 )
 
 LOG, FIRST_LOG = "training_log.jsonl", "first_training_log.jsonl"
-_DESCRIBED = Split(11_000, 4_000, 4, False, "descriptions", other_prompts=3)
+_BASE_SEED = 23_000
 _LABELLED = Split(19_000, 3_000, 4, True, "descriptions")
-_UNLABELLED = Split(13_000, 1_250, 4, False)
+_UNLABELLED = Split(13_000, 3_000, 4, False)
 _WATCHED = Split(14_000, 60, 6, True)
 
-_DESCRIBE = Lesson(steps=1_000, batch=16, rate=5e-4, score_weight=0.0)
-_ANSWER = Lesson(steps=1_000, batch=16, rate=1e-3, score_weight=1.0)
+_BASE = Stage(steps=1_800, minutes=240, rate=8e-4, vision_rate=0.0, batch=32)
+_ANSWER = Lesson(steps=800, batch=16, rate=4e-4, score_weight=1.0)
 
 _KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files of the first student that are the next one's as well."""
@@ -87,10 +89,10 @@ class Distillation:
     Attributes:
         recipe: of the first student; its scenes, seed, threads and held-out splits are this run's as well.
         teacher_layers: of the teacher's language model.
-        described, labelled, unlabelled, watched: scenes of the stages, and those on which they are validated; their
-            seeds are offset by the run's.
-        describe: with the first student's layers.
-        answer: descriptions and the scores after them, with the teacher's layers.
+        base: on as many scenes as `recipe` has for training, others than those.
+        labelled, unlabelled, watched: scenes of the stages after it, and those on which they are validated; their seeds
+            are offset by the run's.
+        answer: descriptions and the scores after them.
         judge: GDSO, in pairs; `group_size` outputs of each question, `policy_weight` of L_GRPO.
         distil: RISD, in images.
         traces: outputs of the teacher that are averaged for a question.
@@ -100,17 +102,16 @@ class Distillation:
 
     recipe: Recipe = field(default_factory=Recipe)
     teacher_layers: int = 8
-    described: Split = _DESCRIBED
+    base: Stage = _BASE
     labelled: Split = _LABELLED
     unlabelled: Split = _UNLABELLED
     watched: Split = _WATCHED
-    describe: Lesson = _DESCRIBE
     answer: Lesson = _ANSWER
-    judge: Learning = Learning(steps=200, batch=16, rate=2e-4)
+    judge: Learning = Learning(steps=100, batch=16, rate=1e-4)
     group_size: int = 4
     policy_weight: float = 0.1
-    distil: Learning = Learning(steps=1_200, batch=32, rate=5e-4)
-    traces: int = 2
+    distil: Learning = Learning(steps=1_500, batch=32, rate=2e-4)
+    traces: int = 1
     micro_batch: int = 256
     watched_images: int = 120
 
@@ -140,13 +141,13 @@ def distil(plan: Distillation, first: Path, out: Path, work: Path, command: str 
     Checkpoint.open(first)
     work.mkdir(parents=True, exist_ok=True)
 
-    # Describe.
-    start = started(work / "describe", with_words(plan.recipe, first))
-    scenes = drawn(work / "described", plan.described, plan)
-    describer = chains_learned(plan.describe, work / "describe", start, scenes, plan)
-    start = started(work / "answer", grown(plan.teacher_recipe, describer))
+    # Base.
+    torch.set_num_threads(plan.recipe.threads)
+    base = base_learned(plan, first, work)
+
+    # Answer.
     scenes = drawn(work / "labelled", plan.labelled, plan)
-    answering = chains_learned(plan.answer, work / "answer", start, scenes, plan)
+    answering = chains_learned(plan.answer, work / "answer", base, scenes, plan)
 
     # Judge.
     watched = drawn(work / "watched", plan.watched, plan) / SCENES_FILE
@@ -175,13 +176,28 @@ def drawn(folder: Path, scenes: Split, plan: Distillation) -> Path:
     return folder
 
 
-def started(stage: Path, student: Student) -> Path:
-    """The checkpoint that a stage starts from, saved unless it is there."""
-    start = stage / "start"
-    if not start.is_dir():
-        stage.mkdir(exist_ok=True)
-        save_start(student, start)
-    return start
+def base_learned(plan: Distillation, first: Path, work: Path) -> Path:
+    """The checkpoint that the teacher begins as, unless it is there."""
+    model = work / "base" / "model"
+    if model.is_dir():
+        return model
+    recipe = plan.teacher_recipe
+    student = with_words(recipe, first)
+    counts = recipe.train_prompts, recipe.train_candidates, recipe.extra_prompts
+    scenes = LabelledScenes.of(student, split(recipe, _BASE_SEED, *counts, work))
+    validation = split(recipe, VALIDATION_SEED, recipe.validation_prompts, recipe.candidates, 0, work)
+    features, watched = (cached_features(student, data.images) for data in (scenes.data, validation))
+
+    def validate() -> dict[str, Any]:
+        return score_metrics(predict(student, validation, watched), validation, student.contract)
+
+    run = work / "base" / "run"
+    run.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(recipe.seed)
+    loss_at = language_loss(student, scenes, features, plan.base.batch, rng, questions=alignment_and_another)
+    run_stage("base", plan.base, student, loss_at, validate, RunLog(run / LOG_FILE), recipe.validate_minutes)
+    save_start(student, model)
+    return model
 
 
 def chains_learned(lesson: Lesson, stage: Path, start: Path, scenes: Path, plan: Distillation) -> Path:
@@ -256,7 +272,7 @@ def shipped(
 
         log = RunLog(staging.path / LOG)
         log.start(plan, command)
-        for stage in ("describe", "answer", "judge", "distil"):
+        for stage in ("base", "answer", "judge", "distil"):
             log.stage(stage, work / stage / "run" / LOG_FILE)
         result = {
             "validation": score_metrics(logits, validation, contract),
@@ -277,8 +293,8 @@ def shipped(
 
 def _history(plan: Distillation, result: dict[str, Any]) -> str:
     before = result["test_of_first"]["overall"]["hpa"]
-    seeds = {"described": plan.described, "labelled": plan.labelled, "unlabelled": plan.unlabelled}
-    named = ", ".join(f"{name} {scenes.seed + plan.recipe.seed}" for name, scenes in seeds.items())
+    seeds = {"base": _BASE_SEED, "labelled": plan.labelled.seed, "unlabelled": plan.unlabelled.seed}
+    named = ", ".join(f"{name} {seed + plan.recipe.seed}" for name, seed in seeds.items())
     return f"""\
 It answers at once what a teacher of {plan.teacher_layers} layers found by describing the picture first: it is the
 student of RISD. It began as the first student, which `python -m zreward.training.reference_student` trained on

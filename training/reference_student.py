@@ -20,6 +20,8 @@ import argparse
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from zreward.contract import ScoreContract
 from zreward.errors import UsageError, ZrewardError
 from zreward.synthetic import DIMENSIONS
 from zreward.training.reference_card import write_card
-from zreward.training.reference_data import SceneArrays, build_arrays
+from zreward.training.reference_data import MAX_DRAWN, SceneArrays, build_arrays
 from zreward.training.reference_evaluate import RunLog, label_ceiling, score_metrics, served_logits
 from zreward.training.reference_learner import (
     PairStream,
@@ -65,7 +67,7 @@ def train(recipe: Recipe, out: Path, work: Path, command: str = "") -> dict[str,
         recipe, TRAIN_SEED, recipe.train_prompts, recipe.train_candidates, recipe.extra_prompts, work
     )
     validation = split(recipe, VALIDATION_SEED, recipe.validation_prompts, recipe.candidates, 0, work)
-    prompts, targets = Prompts(student.encoder, data), all_targets(student.contract, data)
+    scenes = LabelledScenes.of(student, data)
 
     # Stage 1: see.
     if not resumed(student, work / "vision.safetensors", log):
@@ -81,14 +83,15 @@ def train(recipe: Recipe, out: Path, work: Path, command: str = "") -> dict[str,
     if not resumed(student, work / "language.safetensors", log):
         cached = cached_features(student, data.images[: recipe.language_images])
         cached_validation = cached_features(student, validation.images)
-        stream = PairStream(rng, data, prompts, recipe.language.batch, len(cached))
-
-        def language_step(progress: float) -> Tensor:
-            rows, which = stream.next(max_asked=1 if progress < 0.08 else 2 if progress < 0.25 else 3)
-            asked = two_questions(rng)
-            answers = student.form(prompts.batch(rows, which), cached[rows].float(), asked)
-            loss = score_loss(answers.logits_bqk, targets[rows, which][:, asked])
-            return loss + student.heads.reading_loss(answers, data, rows, which, asked)
+        language_step = language_loss(
+            student,
+            scenes,
+            cached,
+            recipe.language.batch,
+            rng,
+            questions=two_questions,
+            most_asked=lambda progress: 1 if progress < 0.08 else 2 if progress < 0.25 else MAX_DRAWN,
+        )
 
         def validate_language() -> dict[str, Any]:
             return score_metrics(
@@ -108,14 +111,14 @@ def train(recipe: Recipe, out: Path, work: Path, command: str = "") -> dict[str,
 
     # Stage 3: both.
     if not resumed(student, work / "joint.safetensors", log):
-        stream = PairStream(rng, data, prompts, recipe.joint.batch, len(data))
+        stream = PairStream(rng, data, scenes.prompts, recipe.joint.batch, len(data))
 
         def joint_step(progress: float) -> Tensor:
             rows, which = stream.next(max_asked=3)
             image = student.features(data.images[rows])
             asked = two_questions(rng)
-            answers = student.form(prompts.batch(rows, which), image, asked)
-            loss = score_loss(answers.logits_bqk, targets[rows, which][:, asked])
+            answers = student.form(scenes.prompts.batch(rows, which), image, asked)
+            loss = score_loss(answers.logits_bqk, scenes.targets[rows, which][:, asked])
             auxiliary = 0.5 * student.heads.vision_loss(image, data, rows)
             auxiliary = auxiliary + 0.5 * student.heads.reading_loss(answers, data, rows, which, asked)
             return loss + (1.0 - 0.7 * progress) * auxiliary
@@ -143,6 +146,48 @@ def train(recipe: Recipe, out: Path, work: Path, command: str = "") -> dict[str,
     log.finish(result)
     write_card(out, recipe, result, command, _history(recipe))
     return result
+
+
+@dataclass(frozen=True)
+class LabelledScenes:
+    """A training split, with the ids of its prompts and the soft targets [N, K, q, bins] of its labels."""
+
+    data: SceneArrays
+    prompts: Prompts
+    targets: Tensor
+
+    @classmethod
+    def of(cls, student: Student, data: SceneArrays) -> LabelledScenes:
+        return cls(data, Prompts(student.encoder, data), all_targets(student.contract, data))
+
+
+def language_loss(
+    student: Student,
+    scenes: LabelledScenes,
+    features_ntd: Tensor,
+    batch: int,
+    rng: np.random.Generator,
+    *,
+    questions: Callable[[np.random.Generator], list[int]],
+    most_asked: Callable[[float], int] = lambda _: MAX_DRAWN,
+) -> Callable[[float], Tensor]:
+    """The loss of the next batch at a progress of the stage: of the scores, and of what should be noticed.
+
+    Args:
+        features_ntd: of the first images, which alone are used; they do not change.
+        questions: draws those of a batch.
+        most_asked: objects that a prompt may ask for, by the progress.
+    """
+    stream = PairStream(rng, scenes.data, scenes.prompts, batch, len(features_ntd))
+
+    def loss_at(progress: float) -> Tensor:
+        rows, which = stream.next(max_asked=most_asked(progress))
+        asked = questions(rng)
+        answers = student.form(scenes.prompts.batch(rows, which), features_ntd[rows].float(), asked)
+        loss = score_loss(answers.logits_bqk, scenes.targets[rows, which][:, asked])
+        return loss + student.heads.reading_loss(answers, scenes.data, rows, which, asked)
+
+    return loss_at
 
 
 def split(
@@ -193,6 +238,11 @@ def two_questions(rng: np.random.Generator) -> list[int]:
     """Two of the contract's questions; alignment, the hardest to learn, is among them more often."""
     others = len(DIMENSIONS) - 1
     return sorted(rng.choice(len(DIMENSIONS), 2, replace=False, p=[0.34, *[0.66 / others] * others]).tolist())
+
+
+def alignment_and_another(rng: np.random.Generator) -> list[int]:
+    """Alignment, and one of the questions that are learned sooner."""
+    return [0, int(rng.integers(1, len(DIMENSIONS)))]
 
 
 def resumed(student: Student, path: Path, log: RunLog) -> bool:

@@ -65,16 +65,18 @@ def description_texts(scenes: SceneConfig) -> tuple[str, ...]:
 
 
 def with_words(recipe: Recipe, start: Path) -> Student:
-    """A checkpoint that has the words of descriptions among its tokens.
+    """A checkpoint that has the words of descriptions among its tokens, and more layers on top if `recipe` has them.
 
-    A token that `start` does not have begins as the mean of the pieces that it is written with there.
+    A token that `start` does not have begins as the mean of the pieces that it is written with there. A layer changes
+    nothing until it learns.
 
     Args:
-        recipe: of the same shape as `start`.
+        recipe: of the same widths as `start`.
     """
     student = Student(recipe, description_texts(recipe.scenes))
     weights = {name: value.float() for name, value in load_file(start / "model.safetensors").items()}
     weights[_EMBEDDINGS] = _embeddings(weights[_EMBEDDINGS], load_tokenizer(start), student.tokenizer)
+    _pass_on_at_first(student.model, weights)
     load_weights(student.model, weights)
     return student
 
