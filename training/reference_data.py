@@ -20,16 +20,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zreward.synthetic import DIMENSIONS, Candidate, PromptSpec, SceneConfig, aggregate, annotate, make_scene
-from zreward.synthetic.language import COLOURS, SHAPES, sentence
+from zreward.synthetic.language import COLOURS, RELATIONS, SHAPES, Group, sentence
 from zreward.synthetic.render import CRACK, FIRST_OBJECT, SCRAP, SHADOW
 from zreward.synthetic.requests import other_prompt
-from zreward.synthetic.truth import SceneObject, alignment_errors, alignment_score
+from zreward.synthetic.truth import (
+    SceneObject,
+    alignment_errors,
+    alignment_score,
+    matched_objects,
+    relations_held,
+)
 
 NO_OBJECT = 255
 COVERS = ("object", "shadow", "scrap", "crack")
 FLAWS = ("floating", "sunk", "merged")
 MATCHES = ("none", "asked for", "one attribute off", "not asked for")
+GROUPS = ("none", "first", "second", "not asked for")
 ERROR_KINDS = ("attributes", "missing", "extra", "relation")
+NO_RELATION = 2
 MAX_ERRORS = 3
 MAX_DRAWN = 3
 
@@ -54,6 +62,9 @@ class SceneArrays:
         asked: uint8 [N, K], how many objects the prompt asks for.
         errors: uint8 [N, K, 4], `ERROR_KINDS`, cut at `MAX_ERRORS`.
         matches: uint8 [N, K, T], index of `MATCHES`.
+        token_group: uint8 [N, K, T], index of `GROUPS`: which group of the prompt the token's object stands for.
+        relations: uint8 [N, K, 4], whether the first group stands in each of `RELATIONS` to the second; `NO_RELATION`
+            where there is no such pair.
         true_scores: float32 [N, K, 4].
         annotations: float32 [N, K, 4, A].
         labels: float32 [N, K, 4], the panel's aggregate.
@@ -73,6 +84,8 @@ class SceneArrays:
     asked: NDArray[np.uint8]
     errors: NDArray[np.uint8]
     matches: NDArray[np.uint8]
+    token_group: NDArray[np.uint8]
+    relations: NDArray[np.uint8]
     true_scores: NDArray[np.float32]
     annotations: NDArray[np.float32]
     labels: NDArray[np.float32]
@@ -190,12 +203,18 @@ def _prompt_rows(
     own = np.array([candidate.annotator_scores[name] for name in DIMENSIONS])
     annotations = np.repeat(own[None], len(requests), axis=0)
     annotations[1:, 0] = annotate(rng, truths[1:], config)[:, 0]
+    matchings = [(spec, matched_objects(spec, candidate.objects)) for spec, _ in requests]
     errors = [dataclasses.astuple(alignment_errors(spec, candidate.objects)) for spec, _ in requests]
     return {
         "prompts": [text for _, text in requests],
         "asked": np.array([spec.n_objects for spec, _ in requests], dtype=np.uint8),
         "errors": np.minimum(np.array(errors), MAX_ERRORS).astype(np.uint8),
         "matches": np.stack([_token_matches(spec, candidate.objects, token_object) for spec, _ in requests]),
+        "token_group": np.stack([_token_groups(*m, candidate.objects, token_object) for m in matchings]),
+        "relations": np.array(
+            [relations_held(*matching) or [NO_RELATION] * len(RELATIONS) for matching in matchings],
+            dtype=np.uint8,
+        ),
         "true_scores": truths.astype(np.float32),
         "annotations": annotations.astype(np.float32),
         "labels": aggregate(annotations).astype(np.float32),
@@ -210,4 +229,20 @@ def _token_matches(
         return 1 + wrong
 
     of_object = [match(item) for item in objects]
+    return np.array([0 if k == NO_OBJECT else of_object[k] for k in token_object], dtype=np.uint8)
+
+
+def _token_groups(
+    spec: PromptSpec,
+    pairs: Sequence[tuple[Group, SceneObject | None]],
+    objects: Sequence[SceneObject],
+    token_object: NDArray[np.int64],
+) -> NDArray[np.uint8]:
+    stands_for = {
+        id(drawn): 1 + place
+        for asked, drawn in pairs
+        for place, group in enumerate(spec.groups)
+        if asked is group
+    }
+    of_object = [stands_for.get(id(item), len(GROUPS) - 1) for item in objects]
     return np.array([0 if k == NO_OBJECT else of_object[k] for k in token_object], dtype=np.uint8)

@@ -5,12 +5,12 @@
 `--first` is a student of `zreward.training.reference_student`, which learned to grade from labels. Read from top to
 bottom:
 
-1. base: with twice its layers the first student's model goes on learning to grade, from as many labelled scenes again.
-   This stands in for the pretrained model that a teacher begins as;
-2. answer: it learns to say what it sees in a dimension, and to end that description with a score;
+1. base: the first student goes on learning to grade, from as many labelled scenes again, and to notice what stands
+   where, which labels alone had not taught it. It stands in for the pretrained model that teacher and student begin as;
+2. answer: with twice the layers it learns to say what it sees in a dimension, and to end that description with a score;
 3. judge: by GDSO descriptions and scores come to serve the labels. This is the teacher;
-4. distil: by RISD the first student learns the teacher's distributions on scenes that nobody labelled, and answers with
-   no words between. The vision tower stays the first student's in all stages.
+4. distil: by RISD the base learns the teacher's distributions on scenes that nobody labelled, and answers with no words
+   between. The vision tower stays the first student's in all stages.
 
 Every stage after the base is a run of `zreward train`'s own functions in a folder of `--work`. What is finished there
 is not repeated, and what was interrupted in those stages goes on from its last state.
@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 from transformers import Qwen3_5ForConditionalGeneration
 
 from zreward.checkpoint import Checkpoint
@@ -40,14 +42,17 @@ from zreward.training import gdso, risd
 from zreward.training.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from zreward.training.log import LOG_FILE
 from zreward.training.reference_card import write_card
+from zreward.training.reference_data import SceneArrays
 from zreward.training.reference_evaluate import (
     RunLog,
+    expected_scores,
     fit_temperatures,
+    hpa_gain,
     label_ceiling,
     score_metrics,
     served_logits,
 )
-from zreward.training.reference_learner import cached_features, predict
+from zreward.training.reference_learner import Student, cached_features, predict
 from zreward.training.reference_optimize import run_stage
 from zreward.training.reference_recipe import TEST_SEED, VALIDATION_SEED, Recipe, Stage
 from zreward.training.reference_student import LabelledScenes, alignment_and_another, language_loss, split
@@ -55,6 +60,7 @@ from zreward.training.reference_teacher import (
     MAX_NEW_TOKENS,
     Lesson,
     learn_chains,
+    load_weights,
     save_start,
     shown,
     with_words,
@@ -66,7 +72,7 @@ _LABELLED = Split(19_000, 3_000, 4, True, "descriptions")
 _UNLABELLED = Split(13_000, 3_000, 4, False)
 _WATCHED = Split(14_000, 60, 6, True)
 
-_BASE = Stage(steps=1_800, minutes=240, rate=8e-4, vision_rate=0.0, batch=32)
+_BASE = Stage(steps=2_400, minutes=240, rate=8e-4, vision_rate=0.0, batch=32)
 _ANSWER = Lesson(steps=800, batch=16, rate=4e-4, score_weight=1.0)
 
 _KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -89,7 +95,7 @@ class Distillation:
     Attributes:
         recipe: of the first student; its scenes, seed, threads and held-out splits are this run's as well.
         teacher_layers: of the teacher's language model.
-        base: on as many scenes as `recipe` has for training, others than those.
+        base: on as many scenes as `recipe` has for training, others than those, in the first student's shape.
         labelled, unlabelled, watched: scenes of the stages after it, and those on which they are validated; their seeds
             are offset by the run's.
         answer: descriptions and the scores after them.
@@ -146,8 +152,11 @@ def distil(plan: Distillation, first: Path, out: Path, work: Path, command: str 
     base = base_learned(plan, first, work)
 
     # Answer.
+    start = work / "answer" / "start"
+    if not start.is_dir():
+        save_start(with_words(plan.teacher_recipe, base), start)
     scenes = drawn(work / "labelled", plan.labelled, plan)
-    answering = chains_learned(plan.answer, work / "answer", base, scenes, plan)
+    answering = chains_learned(plan.answer, work / "answer", start, scenes, plan)
 
     # Judge.
     watched = drawn(work / "watched", plan.watched, plan) / SCENES_FILE
@@ -160,9 +169,9 @@ def distil(plan: Distillation, first: Path, out: Path, work: Path, command: str 
     scenes = drawn(work / "unlabelled", plan.unlabelled, plan)
     student = work / "distil" / "run" / "model"
     if not student.is_dir():
-        config = train_config(plan, plan.distil, first, scenes / SCENES_FILE, watched, work / "distil")
+        config = train_config(plan, plan.distil, base, scenes / SCENES_FILE, watched, work / "distil")
         risd.train(with_section(config, risd_section(plan, teacher)), shown("distil"))
-    return shipped(student, first, out, plan, work, command)
+    return shipped(student, base, first, out, plan, work, command)
 
 
 def drawn(folder: Path, scenes: Split, plan: Distillation) -> Path:
@@ -177,12 +186,13 @@ def drawn(folder: Path, scenes: Split, plan: Distillation) -> Path:
 
 
 def base_learned(plan: Distillation, first: Path, work: Path) -> Path:
-    """The checkpoint that the teacher begins as, unless it is there."""
+    """The checkpoint that teacher and student begin as, unless it is there."""
     model = work / "base" / "model"
     if model.is_dir():
         return model
-    recipe = plan.teacher_recipe
-    student = with_words(recipe, first)
+    recipe = plan.recipe
+    student = Student(recipe)
+    load_weights(student.model, load_file(first / "model.safetensors"))
     counts = recipe.train_prompts, recipe.train_candidates, recipe.extra_prompts
     scenes = LabelledScenes.of(student, split(recipe, _BASE_SEED, *counts, work))
     validation = split(recipe, VALIDATION_SEED, recipe.validation_prompts, recipe.candidates, 0, work)
@@ -194,7 +204,9 @@ def base_learned(plan: Distillation, first: Path, work: Path) -> Path:
     run = work / "base" / "run"
     run.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(recipe.seed)
-    loss_at = language_loss(student, scenes, features, plan.base.batch, rng, questions=alignment_and_another)
+    loss_at = language_loss(
+        student, scenes, features, plan.base.batch, rng, questions=alignment_and_another, relations=True
+    )
     run_stage("base", plan.base, student, loss_at, validate, RunLog(run / LOG_FILE), recipe.validate_minutes)
     save_start(student, model)
     return model
@@ -253,7 +265,7 @@ def risd_section(plan: Distillation, teacher: Path) -> dict[str, Any]:
 
 
 def shipped(
-    trained: Path, first: Path, out: Path, plan: Distillation, work: Path, command: str
+    trained: Path, base: Path, first: Path, out: Path, plan: Distillation, work: Path, command: str
 ) -> dict[str, Any]:
     """Round the student to bfloat16, calibrate it, judge it from its files, and put it in its place."""
     recipe = plan.recipe
@@ -264,21 +276,25 @@ def shipped(
         model.save_pretrained(staging.path)
         for name in _KEPT:
             shutil.copyfile(first / name, staging.path / name)
-        contract = ScoreContract.load(first)
-        contract.save(staging.path)
+        ScoreContract.load(first).save(staging.path)
         logits = served_logits(staging.path, validation)
-        contract = contract.with_temperatures(fit_temperatures(logits, validation, contract))
+        contract = calibrated(logits, validation, staging.path)
         contract.save(staging.path)
 
         log = RunLog(staging.path / LOG)
         log.start(plan, command)
         for stage in ("base", "answer", "judge", "distil"):
             log.stage(stage, work / stage / "run" / LOG_FILE)
+        after, before = served_logits(staging.path, test), served_logits(first, test)
+        contract_before = ScoreContract.load(first)
+        base_contract = calibrated(served_logits(base, validation), validation, base)
         result = {
             "validation": score_metrics(logits, validation, contract),
-            "test": score_metrics(served_logits(staging.path, test), test, contract, intervals=True),
-            "test_of_first": score_metrics(
-                served_logits(first, test), test, ScoreContract.load(first), intervals=True
+            "test": score_metrics(after, test, contract, intervals=True),
+            "test_of_base": score_metrics(served_logits(base, test), test, base_contract, intervals=True),
+            "test_of_first": score_metrics(before, test, contract_before, intervals=True),
+            "test_gain": hpa_gain(
+                expected_scores(after, contract), expected_scores(before, contract_before), test
             ),
             "test_label_noise_ceiling": label_ceiling(test, recipe.scenes),
             "temperatures": dict(zip(contract.dimension_names, contract.temperatures, strict=True)),
@@ -291,16 +307,32 @@ def shipped(
     return result
 
 
+def calibrated(logits: NDArray[np.float64], validation: SceneArrays, student: Path) -> ScoreContract:
+    """A student's contract with the temperatures that suit its score logits."""
+    contract = ScoreContract.load(student)
+    return contract.with_temperatures(fit_temperatures(logits, validation, contract))
+
+
 def _history(plan: Distillation, result: dict[str, Any]) -> str:
-    before = result["test_of_first"]["overall"]["hpa"]
-    seeds = {"base": _BASE_SEED, "labelled": plan.labelled.seed, "unlabelled": plan.unlabelled.seed}
+    first, base = (result[name]["overall"]["hpa"] for name in ("test_of_first", "test_of_base"))
+    gain = result["test_gain"]
+    low, high = gain["hpa_95"]
+    seeds = {
+        "base": _BASE_SEED,
+        "labelled": plan.labelled.seed,
+        "unlabelled": plan.unlabelled.seed,
+        "validation": VALIDATION_SEED,
+        "test": TEST_SEED,
+    }
     named = ", ".join(f"{name} {seed + plan.recipe.seed}" for name, seed in seeds.items())
     return f"""\
 It answers at once what a teacher of {plan.teacher_layers} layers found by describing the picture first: it is the
-student of RISD. It began as the first student, which `python -m zreward.training.reference_student` trained on
-labels and which reaches an HPA of {before:.4f} on the test prompts below. `{LOG}` has the whole plan, the
-library versions and what every stage logged, `{FIRST_LOG}` the same of the first student. The scenes have
-separate seeds: {named}, validation {VALIDATION_SEED + plan.recipe.seed}, test {TEST_SEED + plan.recipe.seed}."""
+student of RISD. Both began as one base, which is a first student that went on learning. That first student,
+of `python -m zreward.training.reference_student`, has an HPA of {first:.4f} on the test prompts below,
+the base {base:.4f}, and this student {gain["hpa"]:.4f} more than the first ({low:.4f} to {high:.4f}, 95 % over
+prompts). `{LOG}` has the whole plan, the library versions and what every stage logged,
+`{FIRST_LOG}` the same of the first student. The scenes have separate seeds:
+{named}."""
 
 
 def main(arguments: list[str] | None = None) -> int:

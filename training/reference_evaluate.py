@@ -19,7 +19,7 @@ from transformers import Qwen3_5ForConditionalGeneration
 
 from zreward.contract import ScoreContract
 from zreward.image import preprocess
-from zreward.metrics import MARGIN, bootstrap_interval, hpa, plcc, srcc
+from zreward.metrics import MARGIN, PairShare, bootstrap_interval, hpa, plcc, srcc
 from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.synthetic import DIMENSIONS, SceneConfig, label_noise_ceiling
 from zreward.training.reference_data import SceneArrays, length_batches
@@ -54,10 +54,7 @@ def pair_figures(
     means: FloatArray, labels: FloatArray, groups: NDArray[np.int64], intervals: bool
 ) -> dict[str, Any]:
     """HPA and margin HPA of all columns' same-prompt pairs together, with the number of pairs."""
-    columns = means.shape[1]
-    pred, truth = means.T.ravel(), labels.T.ravel()
-    pooled = np.concatenate([groups + column * (groups.max() + 1) for column in range(columns)])
-    all_pairs, wide = hpa(pred, truth, pooled), hpa(pred, truth, pooled, margin=MARGIN)
+    all_pairs, wide = _pooled_hpa(means, labels, groups), _pooled_hpa(means, labels, groups, MARGIN)
     figures: dict[str, Any] = {
         "hpa": all_pairs.value,
         "pairs": all_pairs.n_pairs,
@@ -65,20 +62,39 @@ def pair_figures(
         "margin_pairs": wide.n_pairs,
     }
     if intervals:
-        # Prompts are drawn with all their columns: what happens to one prompt is not independent.
         interval = bootstrap_interval(
-            lambda rows, drawn: (
-                hpa(
-                    means[rows].T.ravel(),
-                    labels[rows].T.ravel(),
-                    np.concatenate([drawn + column * (drawn.max() + 1) for column in range(columns)]),
-                ).value
-            ),
-            groups,
-            n_resamples=300,
+            lambda rows, drawn: _pooled_hpa(means[rows], labels[rows], drawn).value, groups, n_resamples=300
         )
         figures["hpa_95"] = [interval.low, interval.high]
     return figures
+
+
+def hpa_gain(means: FloatArray, before: FloatArray, data: SceneArrays) -> dict[str, Any]:
+    """By how much HPA over all dimensions rises from one student to another on the same scenes.
+
+    Args:
+        means, before: expected scores [N, q] of the two.
+
+    Returns:
+        `hpa`, and `hpa_95` from drawing prompts, the same ones for both.
+    """
+    labels = data.labels[:, 0].astype(np.float64)
+
+    def gain(rows: NDArray[np.intp], groups: NDArray[np.intp]) -> float:
+        now, then = (_pooled_hpa(scores[rows], labels[rows], groups).value for scores in (means, before))
+        return now - then
+
+    interval = bootstrap_interval(gain, data.groups)
+    return {"hpa": gain(np.arange(len(labels)), data.groups), "hpa_95": [interval.low, interval.high]}
+
+
+def _pooled_hpa(
+    means: FloatArray, labels: FloatArray, groups: NDArray[np.intp], margin: float = 0.0
+) -> PairShare:
+    """HPA of all columns' pairs together. A prompt's columns stay together where prompts are drawn."""
+    columns = means.shape[1]
+    pooled = np.concatenate([groups + column * (groups.max() + 1) for column in range(columns)])
+    return hpa(means.T.ravel(), labels.T.ravel(), pooled, margin=margin)
 
 
 def expected_scores(logits: FloatArray, contract: ScoreContract) -> FloatArray:

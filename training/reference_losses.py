@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zreward.synthetic import DIMENSIONS, Defects
-from zreward.synthetic.language import COLOURS, SHAPES
+from zreward.synthetic.language import COLOURS, RELATIONS, SHAPES
 from zreward.synthetic.truth import DEFECTS_OF, MAX_SEVERITY
 from zreward.training.reference_data import (
     COVERS,
     ERROR_KINDS,
     FLAWS,
+    GROUPS,
     MATCHES,
     MAX_DRAWN,
     MAX_ERRORS,
+    NO_RELATION,
     SceneArrays,
 )
 from zreward.training.reference_forward import Answers
@@ -53,6 +55,8 @@ class AuxiliaryHeads(nn.Module):
         self.severities = nn.ModuleDict(
             {name: nn.Linear(width, len(fields) * _LEVELS) for name, fields in DEFECTS_OF.items()}
         )
+        self.group = nn.Linear(width, len(GROUPS))
+        self.relations = nn.Linear(width, len(RELATIONS))
 
     def vision_loss(self, image_btd: Tensor, data: SceneArrays, rows: IntArray) -> Tensor:
         """Token attributes and the picture's defects, from the tower's output alone."""
@@ -84,6 +88,23 @@ class AuxiliaryHeads(nn.Module):
             else:
                 loss = loss + _leveled(self.errors(read), data.errors[rows, which])
         return loss
+
+    def relation_loss(
+        self, answers: Answers, data: SceneArrays, rows: IntArray, which: IntArray, questions: Sequence[int]
+    ) -> Tensor:
+        """What a comparison of places needs: which group each token stands for, and how the two groups stand.
+
+        Args:
+            questions: among which alignment is.
+        """
+        group = _cross_entropy(self.group(answers.image_btd), data.token_group[rows, which])
+        read = answers.reads_bqd[:, list(questions).index(DIMENSIONS.index("alignment"))]
+        held = torch.from_numpy(data.relations[rows, which])
+        known = held != NO_RELATION
+        each = F.binary_cross_entropy_with_logits(
+            self.relations(read), held.float() * known, reduction="none"
+        )
+        return group + (each * known).sum() / known.sum().clamp(min=1)
 
 
 def score_loss(logits_bqk: Tensor, targets_bqk: Tensor) -> Tensor:

@@ -170,6 +170,7 @@ def language_loss(
     *,
     questions: Callable[[np.random.Generator], list[int]],
     most_asked: Callable[[float], int] = lambda _: MAX_DRAWN,
+    relations: bool = False,
 ) -> Callable[[float], Tensor]:
     """The loss of the next batch at a progress of the stage: of the scores, and of what should be noticed.
 
@@ -177,6 +178,7 @@ def language_loss(
         features_ntd: of the first images, which alone are used; they do not change.
         questions: draws those of a batch.
         most_asked: objects that a prompt may ask for, by the progress.
+        relations: also of what stands where; `questions` must then draw alignment.
     """
     stream = PairStream(rng, scenes.data, scenes.prompts, batch, len(features_ntd))
 
@@ -185,7 +187,10 @@ def language_loss(
         asked = questions(rng)
         answers = student.form(scenes.prompts.batch(rows, which), features_ntd[rows].float(), asked)
         loss = score_loss(answers.logits_bqk, scenes.targets[rows, which][:, asked])
-        return loss + student.heads.reading_loss(answers, scenes.data, rows, which, asked)
+        loss = loss + student.heads.reading_loss(answers, scenes.data, rows, which, asked)
+        if relations:
+            loss = loss + student.heads.relation_loss(answers, scenes.data, rows, which, asked)
+        return loss
 
     return loss_at
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from zreward.errors import UsageError
 from zreward.synthetic import Defects, SceneConfig, SceneObject, alignment_score, defect_score
-from zreward.synthetic.language import Group, PromptSpec, sample_spec, sentence
+from zreward.synthetic.language import RELATIONS, Group, PromptSpec, sample_spec, sentence
 from zreward.synthetic.layout import sample_objects
 from zreward.synthetic.render import render
-from zreward.synthetic.truth import DEFECTS_OF
+from zreward.synthetic.truth import DEFECTS_OF, matched_objects, relations_held
 
 RED_CUBES_LEFT_OF_BALL = PromptSpec((Group(2, "red", "cube"), Group(1, "blue", "ball")), "left")
 SEVERITIES = st.integers(0, 3)
@@ -46,6 +46,31 @@ def test_each_relation_is_checked(relation: str, score: float) -> None:
     spec = PromptSpec((Group(1, "red", "cone"), Group(1, "green", "ball")), relation)
     drawn = [item("red", "cone", 0.2, base=0.93), item("green", "ball", 0.7, base=0.7)]
     assert alignment_score(spec, drawn) == score
+
+
+def test_relations_are_known_whether_or_not_they_are_asked_for() -> None:
+    cone, ball = Group(1, "red", "cone"), Group(1, "green", "ball")
+    drawn = [item("green", "ball", 0.7, base=0.7), item("red", "cone", 0.2, base=0.93)]
+    for spec, held in (
+        (PromptSpec((cone, ball)), {"left", "front"}),
+        (PromptSpec((cone, ball), "right"), {"left", "front"}),
+        (PromptSpec((ball, cone)), {"right", "behind"}),
+    ):
+        known = relations_held(spec, matched_objects(spec, drawn))
+        assert (
+            known is not None
+            and {name for name, holds in zip(RELATIONS, known, strict=True) if holds} == held
+        )
+
+
+def test_one_group_or_a_missing_one_stands_in_no_relation() -> None:
+    cone, ball = Group(1, "red", "cone"), Group(1, "green", "ball")
+    for spec, drawn in (
+        (PromptSpec((cone,)), [item("red", "cone", 0.2)]),
+        (PromptSpec((cone, ball)), [item("red", "cone", 0.2)]),
+        (PromptSpec((cone, ball)), []),
+    ):
+        assert relations_held(spec, matched_objects(spec, drawn)) is None
 
 
 def test_the_order_of_drawn_objects_does_not_matter() -> None:

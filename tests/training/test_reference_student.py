@@ -23,13 +23,20 @@ from zreward.prompt import PromptEncoder, load_tokenizer
 from zreward.reference import ReferenceModel
 from zreward.synthetic import SceneConfig, make_scene
 from zreward.synthetic.benchmark import Split
-from zreward.training.reference_data import MAX_DRAWN, NO_OBJECT, SceneArrays, build_arrays, length_batches
+from zreward.training.reference_data import (
+    MAX_DRAWN,
+    NO_OBJECT,
+    NO_RELATION,
+    SceneArrays,
+    build_arrays,
+    length_batches,
+)
 from zreward.training.reference_distill import Distillation, Learning, distil
 from zreward.training.reference_distill import main as distil_command
-from zreward.training.reference_evaluate import served_logits
-from zreward.training.reference_forward import delta_rule, patches_from_images
+from zreward.training.reference_evaluate import hpa_gain, served_logits
+from zreward.training.reference_forward import Answers, delta_rule, patches_from_images
 from zreward.training.reference_learner import Student
-from zreward.training.reference_losses import soft_targets
+from zreward.training.reference_losses import AuxiliaryHeads, soft_targets
 from zreward.training.reference_model import PATCH, SPECIAL_TOKENS, THINK_TOKENS, StudentShape
 from zreward.training.reference_optimize import rate_factor
 from zreward.training.reference_recipe import Recipe, Stage
@@ -194,9 +201,18 @@ def test_the_distilled_student_has_the_form_of_the_first(distilled: Path) -> Non
         assert (distilled / "out" / name).read_bytes() == (distilled / "distilled" / name).read_bytes()
     result = json.loads((distilled / "distilled" / "training_log.jsonl").read_text().splitlines()[-1])
     card = (distilled / "distilled" / "README.md").read_text()
-    for pattern, judged in ((r"\| overall \| (\S+)", "test"), (r"an HPA of (\S+)", "test_of_first")):
+    for pattern, judged in (
+        (r"\| overall \| (\S+)", "test"),
+        (r"an HPA of (\S+)", "test_of_first"),
+        (r"the base (\S+),", "test_of_base"),
+    ):
         said = re.search(pattern, card)
         assert said and float(said[1]) == pytest.approx(result[judged]["overall"]["hpa"], abs=1e-4)
+    gain = result["test_gain"]
+    assert gain["hpa"] == pytest.approx(
+        result["test"]["overall"]["hpa"] - result["test_of_first"]["overall"]["hpa"], abs=2e-5
+    )
+    assert gain["hpa_95"][0] < gain["hpa"] < gain["hpa_95"][1]
     assert (distilled / "distilled" / "first_training_log.jsonl").read_bytes() == (
         distilled / "out" / "training_log.jsonl"
     ).read_bytes()
@@ -211,6 +227,15 @@ def test_a_first_student_without_a_log_is_refused(
     assert distil_command(["--first", str(first), "--out", str(tmp_path / "out")]) == 2
     assert "has no training_log.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gain_counts_the_pairs_that_are_ordered_rightly_now(run: Path) -> None:
+    data = split_of(run, "2000")
+    labels = data.labels[:, 0].astype(np.float64)
+    same = hpa_gain(labels, labels, data)
+    assert same["hpa"] == 0 and same["hpa_95"] == [0, 0]
+    from_ties, from_opposite = (hpa_gain(labels, before, data)["hpa"] for before in (0 * labels, -labels))
+    assert from_opposite == pytest.approx(1.0) and from_ties == pytest.approx(0.5)
 
 
 def split_of(run: Path, offset: str) -> SceneArrays:
@@ -271,6 +296,46 @@ def test_token_targets_describe_the_objects() -> None:
     assert np.array_equal(present, data.matches[:, 0] > 0)
     assert data.token_rank.max() <= MAX_DRAWN < NO_OBJECT
     assert (data.counts[:, :6].sum(axis=1) == data.counts[:, 6:].sum(axis=1)).all()
+
+
+def test_token_groups_and_relations_say_the_same_of_places() -> None:
+    data = build_arrays(SceneConfig(defect_rate=0.0), 3, 40, 2, token_side=5, extra_prompts=2)
+    assert ((data.token_group > 0) == (data.matches > 0)).all()
+    compared = 0
+    for image, prompt in zip(*np.nonzero(data.relations[..., 0] != NO_RELATION), strict=True):
+        groups = data.token_group[image, prompt]
+        first, second = (np.flatnonzero(groups == place) for place in (1, 2))
+        if len(first) and len(second):
+            left, right, front, behind = data.relations[image, prompt]
+            rank, base = data.token_rank[image].astype(int), data.token_base[image]
+            assert left == (rank[first].max() < rank[second].min())
+            assert right == (rank[first].min() > rank[second].max())
+            assert not front or base[first].min() > base[second].max()
+            assert not behind or base[first].max() < base[second].min()
+            compared += 1
+    assert compared > 50
+
+
+def test_the_loss_of_relations_is_lowest_where_they_are_told() -> None:
+    data = build_arrays(SceneConfig(defect_rate=0.0), 3, 12, 1, token_side=2)
+    rows, which = np.arange(len(data)), np.zeros(len(data), dtype=np.int64)
+    held = torch.from_numpy(data.relations[:, 0].astype(np.float32))
+    groups = torch.from_numpy(data.token_group[:, 0].astype(np.int64))
+    heads = AuxiliaryHeads(8)
+    with torch.no_grad():
+        for head in (heads.group, heads.relations):
+            head.weight.copy_(torch.eye(4, 8))
+            head.bias.zero_()
+
+    def loss_of(relations: torch.Tensor, tokens: torch.Tensor) -> float:
+        reads = torch.nn.functional.pad(40 * relations - 20, (0, 4))[:, None]
+        images = torch.nn.functional.pad(20 * torch.nn.functional.one_hot(tokens, 4).float(), (0, 4))
+        return heads.relation_loss(Answers(reads, reads, images), data, rows, which, [0]).item()
+
+    assert loss_of(held, groups) < 1e-6
+    assert loss_of(1 - held, groups) > 10
+    assert loss_of(held, (groups + 1) % 4) > 10
+    assert loss_of(torch.where(held == NO_RELATION, 0.5, held), groups) < 1e-6
 
 
 def test_batches_hold_every_row_once_and_one_length_each() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 from zreward.errors import UsageError
 from zreward.synthetic.config import DIMENSIONS
-from zreward.synthetic.language import Group, PromptSpec
+from zreward.synthetic.language import RELATIONS, Group, PromptSpec
 
 BEST, WORST = 5.0, 1.0
 MAX_SEVERITY = 3
@@ -134,6 +134,23 @@ def matched_objects(
     return min(
         matchings, key=lambda pairs: alignment_cost(spec, _errors_of_matching(spec, pairs, len(objects)))
     )
+
+
+def relations_held(
+    spec: PromptSpec, pairs: Sequence[tuple[Group, SceneObject | None]]
+) -> tuple[bool, ...] | None:
+    """Whether the first group stands in each of `RELATIONS` to the second, asked for or not.
+
+    Args:
+        pairs: of `matched_objects`.
+
+    Returns:
+        None where the prompt has one group, or nothing is drawn that stands for one of them.
+    """
+    standing = [any(drawn is not None for asked, drawn in pairs if asked is group) for group in spec.groups]
+    if len(standing) < 2 or not all(standing):
+        return None
+    return tuple(_relation_holds(PromptSpec(spec.groups, relation), pairs) for relation in RELATIONS)
 
 
 def wrong_attributes(asked: Group, drawn: SceneObject | None) -> tuple[str, ...]:
