@@ -25,10 +25,10 @@ from zreward.synthetic.render import CRACK, FIRST_OBJECT, SCRAP, SHADOW
 from zreward.synthetic.requests import other_prompt
 from zreward.synthetic.truth import (
     SceneObject,
-    alignment_errors,
-    alignment_score,
+    errors_of_matching,
     matched_objects,
     relations_held,
+    score_of_errors,
 )
 
 NO_OBJECT = 255
@@ -198,19 +198,25 @@ def _prompt_rows(
     config: SceneConfig,
 ) -> dict[str, Any]:
     """Targets that depend on the prompt, stacked over K; prompt 0 keeps the candidate's own labels."""
+    objects = candidate.objects
+    matchings = [(spec, matched_objects(spec, objects)) for spec, _ in requests]
+    errors = [errors_of_matching(*matching, len(objects)) for matching in matchings]
     own_truth = [candidate.true_scores[name] for name in DIMENSIONS]
-    truths = np.array([[alignment_score(spec, candidate.objects), *own_truth[1:]] for spec, _ in requests])
+    truths = np.array(
+        [
+            [score_of_errors(spec, found), *own_truth[1:]]
+            for (spec, _), found in zip(requests, errors, strict=True)
+        ]
+    )
     own = np.array([candidate.annotator_scores[name] for name in DIMENSIONS])
     annotations = np.repeat(own[None], len(requests), axis=0)
     annotations[1:, 0] = annotate(rng, truths[1:], config)[:, 0]
-    matchings = [(spec, matched_objects(spec, candidate.objects)) for spec, _ in requests]
-    errors = [dataclasses.astuple(alignment_errors(spec, candidate.objects)) for spec, _ in requests]
     return {
         "prompts": [text for _, text in requests],
         "asked": np.array([spec.n_objects for spec, _ in requests], dtype=np.uint8),
-        "errors": np.minimum(np.array(errors), MAX_ERRORS).astype(np.uint8),
-        "matches": np.stack([_token_matches(spec, candidate.objects, token_object) for spec, _ in requests]),
-        "token_group": np.stack([_token_groups(*m, candidate.objects, token_object) for m in matchings]),
+        "errors": np.minimum([dataclasses.astuple(found) for found in errors], MAX_ERRORS).astype(np.uint8),
+        "matches": np.stack([_token_matches(spec, objects, token_object) for spec, _ in requests]),
+        "token_group": np.stack([_token_groups(*m, objects, token_object) for m in matchings]),
         "relations": np.array(
             [relations_held(*matching) or [NO_RELATION] * len(RELATIONS) for matching in matchings],
             dtype=np.uint8,

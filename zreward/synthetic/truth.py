@@ -118,7 +118,20 @@ class AlignmentErrors:
 
 def alignment_errors(spec: PromptSpec, objects: Sequence[SceneObject]) -> AlignmentErrors:
     """What is wrong under the matching of requested with drawn objects that costs least."""
-    return _errors_of_matching(spec, matched_objects(spec, objects), len(objects))
+    return errors_of_matching(spec, matched_objects(spec, objects), len(objects))
+
+
+def errors_of_matching(
+    spec: PromptSpec, pairs: Sequence[tuple[Group, SceneObject | None]], n_drawn: int
+) -> AlignmentErrors:
+    """What is wrong under a matching of requested with drawn objects, of which there are `n_drawn`."""
+    attributes, missing, used = 0, 0, 0
+    for group, drawn in pairs:
+        used += drawn is not None
+        wrong = len(wrong_attributes(group, drawn))
+        attributes += wrong == 1
+        missing += wrong == 2
+    return AlignmentErrors(attributes, missing, n_drawn - used, int(not _relation_holds(spec, pairs)))
 
 
 def matched_objects(
@@ -132,7 +145,7 @@ def matched_objects(
         for chosen in dict.fromkeys(itertools.permutations(slots, len(wanted)))
     )
     return min(
-        matchings, key=lambda pairs: alignment_cost(spec, _errors_of_matching(spec, pairs, len(objects)))
+        matchings, key=lambda pairs: alignment_cost(spec, errors_of_matching(spec, pairs, len(objects)))
     )
 
 
@@ -162,7 +175,12 @@ def wrong_attributes(asked: Group, drawn: SceneObject | None) -> tuple[str, ...]
 
 def alignment_score(spec: PromptSpec, objects: Sequence[SceneObject]) -> float:
     """The latent alignment score of `objects` under the request `spec`."""
-    return max(WORST, BEST - alignment_cost(spec, alignment_errors(spec, objects)))
+    return score_of_errors(spec, alignment_errors(spec, objects))
+
+
+def score_of_errors(spec: PromptSpec, errors: AlignmentErrors) -> float:
+    """The latent alignment score of what departs from the request `spec` by `errors`."""
+    return max(WORST, BEST - alignment_cost(spec, errors))
 
 
 def true_scores(spec: PromptSpec, objects: Sequence[SceneObject], defects: Defects) -> dict[str, float]:
@@ -180,18 +198,6 @@ def alignment_cost(spec: PromptSpec, errors: AlignmentErrors) -> float:
         + errors.extra * _EXTRA_COST
         + errors.relation * _RELATION_COST
     )
-
-
-def _errors_of_matching(
-    spec: PromptSpec, pairs: Sequence[tuple[Group, SceneObject | None]], n_drawn: int
-) -> AlignmentErrors:
-    attributes, missing, used = 0, 0, 0
-    for group, drawn in pairs:
-        used += drawn is not None
-        wrong = len(wrong_attributes(group, drawn))
-        attributes += wrong == 1
-        missing += wrong == 2
-    return AlignmentErrors(attributes, missing, n_drawn - used, int(not _relation_holds(spec, pairs)))
 
 
 def _relation_holds(spec: PromptSpec, pairs: Sequence[tuple[Group, SceneObject | None]]) -> bool:
