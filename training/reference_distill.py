@@ -69,7 +69,7 @@ from zreward.training.reference_teacher import (
 LOG, FIRST_LOG = "training_log.jsonl", "first_training_log.jsonl"
 _BASE_SEED = 23_000
 _LABELLED = Split(19_000, 3_000, 4, True, "descriptions")
-_UNLABELLED = Split(13_000, 3_000, 4, False)
+_UNLABELLED = Split(13_000, 1_000, 4, False)
 _WATCHED = Split(14_000, 60, 6, True)
 
 _BASE = Stage(steps=2_400, minutes=240, rate=8e-4, vision_rate=0.0, batch=32)
@@ -113,10 +113,10 @@ class Distillation:
     unlabelled: Split = _UNLABELLED
     watched: Split = _WATCHED
     answer: Lesson = _ANSWER
-    judge: Learning = Learning(steps=100, batch=16, rate=1e-4)
+    judge: Learning = Learning(steps=60, batch=16, rate=1e-4)
     group_size: int = 4
     policy_weight: float = 0.1
-    distil: Learning = Learning(steps=1_500, batch=32, rate=2e-4)
+    distil: Learning = Learning(steps=500, batch=32, rate=2e-4)
     traces: int = 1
     micro_batch: int = 256
     watched_images: int = 120
