@@ -31,7 +31,8 @@ class OrtSession:
         threads: see `open_session`.
         packed: see `open_session`.
         plain: run the graph as it is written, without ONNX Runtime's optimizations, packed weights and the compiled
-            kernels: slow, and other code than what scores.
+            kernels: slow, and other code than what scores. Where sums are exact only with optimizations
+            (`sum_exactly`), it has those that keep the layouts.
     """
 
     def __init__(self, path: Path, *, threads: int | None, packed: bool = True, plain: bool = False) -> None:
@@ -55,13 +56,14 @@ class OrtSession:
         if needs_stand_ins(data):
             graph = with_stand_ins(data)
             options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
-        if not _sums_exactly() and _WHOLE_NUMBER_PRODUCT in data:
-            options.add_session_config_entry("session.x64quantprecision", "1")
+        asked = sum_exactly(options, data)
         if _FLOAT8_ZERO in data:  # version 1.31.1 would make whole-number products of them, and fail
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         kernels = None if plain else compiled_library()
         if plain:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            levels = onnxruntime.GraphOptimizationLevel
+            # Exact sums are one of the extended optimizations.
+            options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if asked else levels.ORT_DISABLE_ALL
         # Without optimizations, version 1.31.1 packs weights of MatMulNBits without their scales: garbage.
         if not packed or plain:  # the kernels pack their weights too
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -96,11 +98,22 @@ def _register(options: Any, kernels: Path) -> None:
         ) from None
 
 
-def _sums_exactly() -> bool:
-    """Whether uint8 × int8 products are summed in 32 bits; x86 without VNNI saturates in 16.
+def sum_exactly(options: Any, graph: bytes) -> bool:
+    """Have products of codes in a serialized graph summed in 32 bits; x86 without VNNI saturates in 16.
 
-    ONNX Runtime has an exact way there, which it takes when asked. Where /proc/cpuinfo does not tell, it is asked.
+    ONNX Runtime has an exact way there, which it takes when asked, unless optimizations are disabled.
+
+    Returns:
+        whether it had to be asked.
     """
+    asked = _WHOLE_NUMBER_PRODUCT in graph and not _sums_exactly()
+    if asked:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return asked
+
+
+def _sums_exactly() -> bool:
+    """Whether this processor sums uint8 × int8 products in 32 bits; False where /proc/cpuinfo does not tell."""
     try:
         flags = Path("/proc/cpuinfo").read_text().lower()
     except OSError:

@@ -2,7 +2,8 @@
 
 The provider "cpu" is itself ONNX Runtime on the CPU. It is compared with the same graphs as they are written: no
 optimizations, no packed weights, none of zreward's compiled kernels, one thread. Other code computes the same there,
-operator by operator.
+operator by operator. Whole-number products are the exception on x86 without VNNI: ONNX Runtime sums them exactly only
+with its optimizations, so those stay on (`zreward.runtime.backends.ort.sum_exactly`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def expected_of(
     what = "ONNX Runtime on the CPU"
     if plain:
         what += (
-            ", graphs as they are written: no optimizations, packed weights or kernels of ours; one thread"
+            ", graphs as they are written: no packed weights, kernels of ours or optimizations, unless sums are "
+            "exact only with them; one thread"
         )
 
     def opened(path: Path) -> Session:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -23,6 +24,7 @@ from zreward.export.passes import quantized_linear as linear
 from zreward.export.passes.state_rows import KEEP_STATES
 from zreward.runtime import Scorer, kernels
 from zreward.runtime.backends import open_session
+from zreward.runtime.backends.ort import OrtSession
 
 Array = NDArray[Any]
 
@@ -31,7 +33,8 @@ CPUINFO = Path("/proc/cpuinfo")
 has_avx512 = CPUINFO.exists() and set(CPUINFO.read_text().split()) >= FEATURES
 
 needs_kernels = pytest.mark.skipif(
-    kernels.compiled_library() is None, reason="the kernels were not compiled here"
+    kernels.compiled_library() is None or not has_avx512,
+    reason="the kernels were not compiled here, or this processor lacks AVX-512 VNNI and runs the bodies",
 )
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -617,6 +620,22 @@ def test_scores_without_the_library_are_the_same(tiny_bundle: Path, monkeypatch:
         means.append([d.mean for d in score.dimensions.values()])
     assert kernels.compiled_library() is None
     np.testing.assert_allclose(means[0], means[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_sums_do_not_saturate(plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products of the largest codes do not fit into 16 bits, in which x86 without VNNI would add them."""
+    model = linear_model(linear.INT8_LINEAR, 96, 40)
+    weights = {name: model.graph.initializers[name].const_value for name in ("codes", "scales", "bias")}
+    weights["codes"] = ir.tensor(np.full((96, 40), 127, dtype=np.int8), name="codes")
+    model.graph.initializers["codes"].const_value = weights["codes"]
+    onnx.save(checked_proto(model), tmp_path / "layer.onnx")
+    monkeypatch.setenv(kernels.DISABLE, "1")
+    session = OrtSession(tmp_path / "layer.onnx", threads=1, plain=plain)
+    (found,) = session.run(["y"], {"x": np.ones((1, 3, 96), dtype=np.float32)})
+    codes, scales, bias = (weights[name].numpy() for name in ("codes", "scales", "bias"))
+    expected = codes.sum(axis=0, dtype=np.int64) * scales + bias
+    np.testing.assert_allclose(found[0], np.broadcast_to(expected, (3, 40)), rtol=1e-5)
 
 
 def test_a_library_that_cannot_be_loaded_is_named(

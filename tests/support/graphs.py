@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 
 from zreward.checkpoint import Checkpoint
 from zreward.export.weights import CheckpointTensor, Layout
+from zreward.runtime.backends.ort import sum_exactly
 from zreward.runtime.kernels import compiled_library
 from zreward.safetensors_file import TensorInfo
 
@@ -90,11 +91,11 @@ def run_onnxruntime(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     if kernels:
         options.register_custom_ops_library(str(compiled_library()))
+    graph = checked_proto(model).SerializeToString()
+    sum_exactly(options, graph)
     for name, value in config.items():
         options.add_session_config_entry(name.replace("__", "."), value)
-    session = onnxruntime.InferenceSession(
-        checked_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = list(outputs) if outputs else [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 

@@ -74,7 +74,7 @@ def test_direct_answers_are_the_reference(
             temperature = student_model.contract.temperatures[row.dimension]
             expected = reference.probabilities(row.prompt, row.image)[row.dimension]
             scaled = (log_probs / temperature).softmax(-1)
-            np.testing.assert_allclose(scaled.numpy(), expected, atol=2e-6)
+            np.testing.assert_allclose(scaled.numpy(), expected, atol=1e-5)
 
 
 def test_a_padded_batch_gives_what_its_rows_give_alone(student_model: RewardModel, data: TrainingSet) -> None:
@@ -195,11 +195,11 @@ def test_what_is_saved_is_what_was_trained(
     rank: int, reference_student: Path, data: TrainingSet, tmp_path: Path
 ) -> None:
     config = ModelConfig(str(reference_student), lora_rank=rank)
+    torch.manual_seed(0)  # the first matrices of adapters are drawn
     model = load_model(config, CPU)
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in trainable(model):
-            parameter += (0.1 if rank else 0.02) * torch.randn(parameter.shape, generator=generator)
+            parameter += (0.1 if rank else 0.03) * torch.randn(parameter.shape)
     weights = {name: parameter.detach() for name, parameter in trainable(model)}
     save_checkpoint(config, reference_student, weights, tmp_path / "saved")
     saved = load_model(ModelConfig(str(tmp_path / "saved")), CPU)

@@ -91,7 +91,7 @@ def test_a_provider_that_is_right(examine: Examine, tiny_bundle: Path) -> None:
     parts = ("vision", "system_text", "prompt", "image_prefix", "questions")
     bounds = [stages[part]["bound"]["bound_ms"] for part in parts]
     assert stages["nothing_kept"]["bound"]["bound_ms"] == pytest.approx(sum(bounds))
-    assert data["reference"]["golden_difference"] < 1e-5 and "no optimizations" in data["reference"]["what"]
+    assert data["reference"]["golden_difference"] < 1e-5 and "no packed weights" in data["reference"]["what"]
     assert str(tiny_bundle.parent) not in str(data)
 
 
