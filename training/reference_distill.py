@@ -145,6 +145,18 @@ def distil(plan: Distillation, first: Path, out: Path, work: Path, command: str 
     if not (first / LOG).is_file():
         raise UsageError(f"{first} has no {LOG}: it must be a student that reference_student has made")
     Checkpoint.open(first)
+    if work.exists() and not work.is_dir():
+        raise UsageError(f"{work} is not a directory")
+    # Staged first: a name that must not be replaced is refused before hours of training.
+    with staged_directory(out, replace=True, kind="checkpoint") as staging:
+        student, base = taught(plan, first, work)
+        result = shipped(student, base, first, staging.path, plan, work, command)
+        staging.commit()
+    return result
+
+
+def taught(plan: Distillation, first: Path, work: Path) -> tuple[Path, Path]:
+    """Train what `work` does not have yet; returns the student of RISD and the base, two checkpoints."""
     work.mkdir(parents=True, exist_ok=True)
 
     # Base.
@@ -171,7 +183,7 @@ def distil(plan: Distillation, first: Path, out: Path, work: Path, command: str 
     if not student.is_dir():
         config = train_config(plan, plan.distil, base, scenes / SCENES_FILE, watched, work / "distil")
         risd.train(with_section(config, risd_section(plan, teacher)), shown("distil"))
-    return shipped(student, base, first, out, plan, work, command)
+    return student, base
 
 
 def drawn(folder: Path, scenes: Split, plan: Distillation) -> Path:
@@ -267,43 +279,41 @@ def risd_section(plan: Distillation, teacher: Path) -> dict[str, Any]:
 def shipped(
     trained: Path, base: Path, first: Path, out: Path, plan: Distillation, work: Path, command: str
 ) -> dict[str, Any]:
-    """Round the student to bfloat16, calibrate it, judge it from its files, and put it in its place."""
+    """Write the student to `out` in bfloat16, calibrated and judged from its files, with log and card."""
     recipe = plan.recipe
     validation = split(recipe, VALIDATION_SEED, recipe.validation_prompts, recipe.candidates, 0, work)
     test = split(recipe, TEST_SEED, recipe.test_prompts, recipe.candidates, 0, work)
-    with staged_directory(out, replace=True, kind="checkpoint") as staging:
-        model = Qwen3_5ForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
-        model.save_pretrained(staging.path)
-        for name in _KEPT:
-            shutil.copyfile(first / name, staging.path / name)
-        ScoreContract.load(first).save(staging.path)
-        logits = served_logits(staging.path, validation)
-        contract = calibrated(logits, validation, staging.path)
-        contract.save(staging.path)
+    model = Qwen3_5ForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
+    model.save_pretrained(out)
+    for name in _KEPT:
+        shutil.copyfile(first / name, out / name)
+    ScoreContract.load(first).save(out)
+    logits = served_logits(out, validation)
+    contract = calibrated(logits, validation, out)
+    contract.save(out)
 
-        log = RunLog(staging.path / LOG)
-        log.start(plan, command)
-        for stage in ("base", "answer", "judge", "distil"):
-            log.stage(stage, work / stage / "run" / LOG_FILE)
-        after, before = served_logits(staging.path, test), served_logits(first, test)
-        contract_before = ScoreContract.load(first)
-        base_contract = calibrated(served_logits(base, validation), validation, base)
-        result = {
-            "validation": score_metrics(logits, validation, contract),
-            "test": score_metrics(after, test, contract, intervals=True),
-            "test_of_base": score_metrics(served_logits(base, test), test, base_contract, intervals=True),
-            "test_of_first": score_metrics(before, test, contract_before, intervals=True),
-            "test_gain": hpa_gain(
-                expected_scores(after, contract), expected_scores(before, contract_before), test
-            ),
-            "test_label_noise_ceiling": label_ceiling(test, recipe.scenes),
-            "temperatures": dict(zip(contract.dimension_names, contract.temperatures, strict=True)),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-        log.finish(result)
-        shutil.copyfile(first / LOG, staging.path / FIRST_LOG)
-        write_card(staging.path, recipe, result, command, _history(plan, result))
-        staging.commit()
+    log = RunLog(out / LOG)
+    log.start(plan, command)
+    for stage in ("base", "answer", "judge", "distil"):
+        log.stage(stage, work / stage / "run" / LOG_FILE)
+    after, before = served_logits(out, test), served_logits(first, test)
+    contract_before = ScoreContract.load(first)
+    base_contract = calibrated(served_logits(base, validation), validation, base)
+    result = {
+        "validation": score_metrics(logits, validation, contract),
+        "test": score_metrics(after, test, contract, intervals=True),
+        "test_of_base": score_metrics(served_logits(base, test), test, base_contract, intervals=True),
+        "test_of_first": score_metrics(before, test, contract_before, intervals=True),
+        "test_gain": hpa_gain(
+            expected_scores(after, contract), expected_scores(before, contract_before), test
+        ),
+        "test_label_noise_ceiling": label_ceiling(test, recipe.scenes),
+        "temperatures": dict(zip(contract.dimension_names, contract.temperatures, strict=True)),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    log.finish(result)
+    shutil.copyfile(first / LOG, out / FIRST_LOG)
+    write_card(out, recipe, result, command, _history(plan, result))
     return result
 
 
@@ -351,8 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{parser.prog} --first {options.first} --out {options.out} --seed {options.seed} "
         f"--threads {options.threads}"
     )
-    plan = Distillation(Recipe(seed=options.seed, threads=options.threads))
     try:
+        plan = Distillation(Recipe(seed=options.seed, threads=options.threads))
         distil(plan, options.first, options.out, options.work, command)
     except ZrewardError as error:
         print(f"error: {error}", file=sys.stderr)

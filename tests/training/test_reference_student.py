@@ -229,6 +229,27 @@ def test_a_first_student_without_a_log_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_written_is_refused_before_training(
+    reference_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken, notes = tmp_path / "taken", tmp_path / "notes"
+    taken.write_text("")
+    notes.mkdir()
+    (notes / "notes.txt").write_text("mine")
+    work = tmp_path / "work"
+    for out, at, threads, message in (
+        (taken, work, "1", "taken exists and is not a checkpoint"),
+        (notes, work, "1", "notes exists and is not a checkpoint"),
+        (tmp_path / "out", taken, "1", "taken is not a directory"),
+        (tmp_path / "out", work, "0", "threads"),
+    ):
+        places = ["--first", str(reference_student), "--out", str(out), "--work", str(at)]
+        assert distil_command([*places, "--threads", threads]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "taken"]
+    assert (notes / "notes.txt").read_text() == "mine"
+
+
 def test_a_gain_counts_the_pairs_that_are_ordered_rightly_now(run: Path) -> None:
     data = split_of(run, "2000")
     labels = data.labels[:, 0].astype(np.float64)
