@@ -56,14 +56,12 @@ class OrtSession:
         if needs_stand_ins(data):
             graph = with_stand_ins(data)
             options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
-        asked = sum_exactly(options, data)
         if _FLOAT8_ZERO in data:  # version 1.31.1 would make whole-number products of them, and fail
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         kernels = None if plain else compiled_library()
         if plain:
-            levels = onnxruntime.GraphOptimizationLevel
-            # Exact sums are one of the extended optimizations.
-            options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if asked else levels.ORT_DISABLE_ALL
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        sum_exactly(options, data)
         # Without optimizations, version 1.31.1 packs weights of MatMulNBits without their scales: garbage.
         if not packed or plain:  # the kernels pack their weights too
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -98,18 +96,18 @@ def _register(options: Any, kernels: Path) -> None:
         ) from None
 
 
-def sum_exactly(options: Any, graph: bytes) -> bool:
+def sum_exactly(options: Any, graph: bytes) -> None:
     """Have products of codes in a serialized graph summed in 32 bits; x86 without VNNI saturates in 16.
 
-    ONNX Runtime has an exact way there, which it takes when asked, unless optimizations are disabled.
-
-    Returns:
-        whether it had to be asked.
+    ONNX Runtime has an exact way there, which it takes when asked. It is one of the extended optimizations, so a
+    session without optimizations gets those.
     """
-    asked = _WHOLE_NUMBER_PRODUCT in graph and not _sums_exactly()
-    if asked:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return asked
+    if _WHOLE_NUMBER_PRODUCT not in graph or _sums_exactly():
+        return
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    levels = type(options.graph_optimization_level)
+    if options.graph_optimization_level == levels.ORT_DISABLE_ALL:
+        options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
 
 
 def _sums_exactly() -> bool:

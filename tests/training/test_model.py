@@ -74,7 +74,8 @@ def test_direct_answers_are_the_reference(
             temperature = student_model.contract.temperatures[row.dimension]
             expected = reference.probabilities(row.prompt, row.image)[row.dimension]
             scaled = (log_probs / temperature).softmax(-1)
-            np.testing.assert_allclose(scaled.numpy(), expected, atol=1e-5)
+            # Both in float32. Most questions are within 7e-7; one, whose score is a close call, is 2.3e-6 off.
+            np.testing.assert_allclose(scaled.numpy(), expected, atol=5e-6)
 
 
 def test_a_padded_batch_gives_what_its_rows_give_alone(student_model: RewardModel, data: TrainingSet) -> None:
